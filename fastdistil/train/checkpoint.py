@@ -1,0 +1,229 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is a folder `checkpoint-<step>`:
+
+    model.safetensors, config.json   the model, as transformers reads it
+    optimizer.safetensors            `<moment>/<parameter name>`
+    rng-<rank>.safetensors           the generator states of one process
+    state.json                       step, tokens, fingerprint of the run, SHA-256 of each file above
+
+It is written to a temporary folder, flushed to the disk and renamed, so a folder of that name is whole unless
+the disk itself lost something, which the checksums find. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from fastdistil.errors import RunError
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@dataclass
+class Progress:
+    """Where a phase of training stands: what a resumed run must know besides weights and generators."""
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+Rng = dict[str, Tensor]
+
+
+def rng_state(device: torch.device) -> Rng:
+    """The generator states that training draws from (dropout): a copy, a few kilobytes."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: Rng, device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def save_checkpoint(
+    root: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    rng: Rng,
+    accelerator: Accelerator,
+    *,
+    fingerprint: str,
+    keep: int,
+) -> None:
+    """Write `root/checkpoint-<step>` and drop all but the newest `keep`. Every process must call it.
+
+    Raises `RunError` when the disk refuses; earlier checkpoints are then untouched.
+    """
+    folder = root / f"checkpoint-{progress.step}"
+    temporary = root / f".writing-{folder.name}"
+    failure: OSError | None = None
+    try:
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    except OSError as error:
+        failure = error
+    accelerator.wait_for_everyone()
+    try:
+        write_durably(temporary / f"rng-{accelerator.process_index}.safetensors", save(rng))
+    except OSError as error:
+        failure = failure or error
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and failure is None:
+        try:
+            write_model(temporary, model)
+            write_durably(temporary / "optimizer.safetensors", save(_optimizer_tensors(model, optimizer)))
+            sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+            state = {**asdict(progress), "fingerprint": fingerprint, "sha256": sums}
+            write_durably(temporary / "state.json", json.dumps(state, indent=1).encode())
+            publish(temporary, folder)
+        except OSError as error:
+            failure = error
+    if _any_process(failure is not None, accelerator):
+        if accelerator.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+        kept = "earlier checkpoints are untouched" if _steps(root) else "there is no earlier one"
+        reason = failure.strerror or failure if failure else "another process failed"
+        raise RunError(f"cannot save {folder}: {reason}; {kept}")
+    if accelerator.is_main_process:
+        for step in _steps(root)[:-keep]:
+            shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
+
+
+def newest_checkpoint(root: Path, fingerprint: str) -> Path | None:
+    """The newest checkpoint of this run that is whole; leftovers of interrupted writes are ignored."""
+    for step in reversed(_steps(root)):
+        folder = root / f"checkpoint-{step}"
+        if _verifies(folder, fingerprint):
+            return folder
+    return None
+
+
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+) -> Progress:
+    """Put a checkpoint back into the model, the optimiser and the generators of this process."""
+    load_weights(model, folder / "model.safetensors")
+    _load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+    rng = folder / f"rng-{accelerator.process_index}.safetensors"
+    if rng.exists():
+        set_rng_state(load_file(rng), accelerator.device)
+    else:
+        accelerator.print(f"{folder.name} was written by fewer processes: dropout continues from a new seed")
+    state = json.loads((folder / "state.json").read_text())
+    return Progress(state["step"], state["tokens"], state["seconds"])
+
+
+def write_model(folder: Path, model: nn.Module) -> None:
+    """`model.safetensors` and `config.json`, flushed to the disk; tied weights are written once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.detach().cpu().contiguous()
+    write_durably(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_durably(folder / "config.json", model.config.to_json_string(use_diff=False).encode())
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Copy the tensors of `write_model` into a model of the same shape, bit for bit."""
+    tensors = load_file(file)
+    state = model.state_dict()
+    unknown = sorted(tensors.keys() - state.keys())
+    assert not unknown, f"{file} holds tensors that the model lacks: {unknown}"
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def write_durably(file: Path, content: bytes) -> None:
+    """Write and flush to the disk."""
+    with open(file, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Rename a finished temporary folder into place, durably; replaces a folder of that name."""
+    _fsync_folder(temporary)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    _fsync_folder(folder.parent)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{key}/{names[parameter]}": value.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def _load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    moments: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        moment, _, name = key.partition("/")
+        moments.setdefault(name, {})[moment] = value
+    plain = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    # Parameters that never had a gradient have no state.
+    plain["state"] = {i: moments[names[p]] for i, p in enumerate(order) if names[p] in moments}
+    optimizer.load_state_dict(plain)
+
+
+def _verifies(folder: Path, fingerprint: str) -> bool:
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        return state["fingerprint"] == fingerprint and all(
+            _sha256(folder / name) == expected for name, expected in state["sha256"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _steps(root: Path) -> list[int]:
+    if not root.is_dir():
+        return []
+    return sorted(int(match[1]) for p in root.iterdir() if (match := _NAME.fullmatch(p.name)))
+
+
+def _any_process(flag: bool, accelerator: Accelerator) -> bool:
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum").item())
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,361 @@
+"""The whole configuration of a training run, in one file.
+
+`load_config` reads a recipe (YAML), applies `key=value` overrides and returns a checked `RunConfig`.
+Every key is documented on its field, with its unit; an unknown key is an error that names the nearest one.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastdistil.errors import UserError
+from fastdistil.recipes import load_recipe
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StudentConfig(Section):
+    """The model that is trained. Sizes left at None are the teacher's."""
+
+    num_layers: int | None = Field(None, ge=1, description="transformer layers; None: half of the teacher's")
+    teacher_layers: list[int] | None = Field(
+        None, description="0-based teacher layers that the student's layers start from; None: evenly spaced"
+    )
+    hidden_size: int | None = Field(None, ge=1, description="width of the hidden states")
+    num_attention_heads: int | None = Field(None, ge=1, description="attention heads a layer")
+    intermediate_size: int | None = Field(None, ge=1, description="width of the feed-forward layer")
+    from_model: str | None = Field(
+        None, description="folder or hub id of the model to train or adapt (recipe mlm); no sizes then"
+    )
+    init: Literal["teacher", "random"] = Field("teacher", description="where the first weights come from")
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="probability, hidden and attention; None: as in the teacher's config"
+    )
+
+
+class NewTeacherConfig(Section):
+    """A BERT teacher that the run trains itself, as a masked language model, before it distils."""
+
+    num_layers: int = Field(6, ge=1, description="transformer layers")
+    hidden_size: int = Field(256, ge=1, description="width of the hidden states")
+    num_attention_heads: int = Field(4, ge=1, description="attention heads a layer")
+    intermediate_size: int = Field(1024, ge=1, description="width of the feed-forward layer")
+    dropout: float = Field(0.1, ge=0, lt=1, description="probability, hidden and attention")
+    steps: int = Field(description="optimiser steps", ge=1)
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+
+
+class DataConfig(Section):
+    corpus: str | None = Field(
+        None,
+        description="text file, folder, glob, parquet, jsonl, a `datasets` name, a prepared token store, "
+        "or 'machine' (the English documentation that Python's installation holds)",
+    )
+    text_column: str = Field("text", description="column of parquet, jsonl and `datasets` rows")
+    split: str = Field("train", description="split of a `datasets` name")
+    streaming: bool = Field(False, description="read a `datasets` name as a stream instead of downloading it")
+    validation: str | None = Field(None, description="held-out corpus; None: a share of `corpus`")
+    validation_fraction: float = Field(0.01, gt=0, lt=1, description="share of the documents held out")
+    max_length: int = Field(128, ge=8, description="tokens a sequence, with [CLS] and [SEP]")
+    max_sequences: int | None = Field(None, ge=1, description="stop reading the corpus here; None: read all")
+    tokenizer: str | None = Field(None, description="folder or hub id; None: the teacher's")
+    vocab_size: int | None = Field(
+        None, ge=64, description="train a WordPiece vocabulary of this many entries on the corpus instead"
+    )
+    cache_dir: Path | None = Field(None, description="where token stores are kept; None: the output folder")
+
+
+class MaskingConfig(Section):
+    """Devlin et al. 2019, section 3.1; smoothing from the DistilBERT code."""
+
+    probability: float = Field(0.15, gt=0, lt=1, description="share of a sequence's tokens to predict")
+    mask: float = Field(0.8, ge=0, le=1, description="share of those shown as [MASK]")
+    random: float = Field(0.1, ge=0, le=1, description="share shown as a random token")
+    keep: float = Field(0.1, ge=0, le=1, description="share left as they are")
+    smoothing: float | None = Field(
+        None, ge=0, description="tokens are picked with weight count^-smoothing; None: all alike"
+    )
+    whole_word: bool = Field(False, description="pick all pieces of a word together")
+
+    @model_validator(mode="after")
+    def _shares(self) -> "MaskingConfig":
+        if abs(self.mask + self.random + self.keep - 1) > 1e-6:
+            raise ValueError(f"mask + random + keep must be 1, got {self.mask + self.random + self.keep:g}")
+        return self
+
+
+class VocabularyConfig(Section):
+    """`kd_weight * T^2 * D(teacher || student) + ce_weight * CE(student, masked tokens)`."""
+
+    name: Literal["vocabulary"] = "vocabulary"
+    kd_weight: float = Field(1.0, ge=0, description="weight of the distillation term; 0: no teacher")
+    ce_weight: float = Field(0.0, ge=0, description="weight of the masked-language-model term")
+    temperature: float = Field(2.0, gt=0, description="T, of both distributions of the distillation term")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="share of the teacher in the mixture of 'jsd'")
+    positions: Literal["masked", "all"] = Field(
+        "masked", description="where the distillation term acts: the masked tokens, or all but padding"
+    )
+    chunk_size: int | None = Field(None, ge=1, description="rows of logits at once; None: by cache size")
+
+
+class CosineConfig(Section):
+    """`weight * (1 - cos(student, teacher))` of the last hidden states, over all tokens but padding."""
+
+    name: Literal["cosine"] = "cosine"
+    weight: float = Field(1.0, ge=0)
+
+
+ObjectiveConfig = Annotated[VocabularyConfig | CosineConfig, Field(discriminator="name")]
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov and Hutter 2019)."""
+
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
+    max_grad_norm: float = Field(5.0, gt=0, description="gradients are clipped to this L2 norm")
+
+
+class ScheduleConfig(Section):
+    name: Literal["linear", "cosine", "constant"] = Field("linear", description="shape after the warm-up")
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with a linear rise from 0")
+
+
+class LoopConfig(Section):
+    steps: int | None = Field(None, ge=1, description="optimiser steps; this or `epochs`")
+    epochs: float | None = Field(None, gt=0, description="passes over the training sequences")
+    batch_size: int = Field(
+        32, ge=1, description="sequences an optimiser step, over all processes and micro-batches"
+    )
+    micro_batch_size: int = Field(32, ge=1, description="sequences a forward pass of one process")
+    eval_every: int = Field(200, ge=1, description="optimiser steps between held-out evaluations")
+    eval_sequences: int = Field(512, ge=1, description="held-out sequences of an evaluation while training")
+    checkpoint_every: int = Field(500, ge=1, description="optimiser steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    log_every: int = Field(10, ge=1, description="optimiser steps between log lines")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="bf16: autocast; auto: bf16 where the device has the instructions"
+    )
+    head_warmup_steps: int = Field(
+        0, ge=0, description="optimiser steps that train the new prediction head alone, before the rest"
+    )
+
+    @model_validator(mode="after")
+    def _length_and_sizes(self) -> "LoopConfig":
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either steps or epochs")
+        if self.batch_size % min(self.micro_batch_size, self.batch_size):
+            raise ValueError(
+                f"batch_size {self.batch_size} must be a multiple of micro_batch_size {self.micro_batch_size}"
+            )
+        return self
+
+
+class RunConfig(Section):
+    recipe: str = Field(description="name of the recipe this run started from")
+    description: str = ""
+    paper: str | None = Field(None, description="what the recipe reproduces")
+    checked_against: str | None = Field(None, description="the code its numbers were read from")
+    output: Path = Field(Path("runs/fastdistil"), description="folder for everything the run writes")
+    seed: int = Field(0, ge=0, description="of the weights, the data order, the masks and the dropout")
+    teacher: str | None = Field(None, description="folder or hub id of a model with a masked-LM head")
+    new_teacher: NewTeacherConfig | None = Field(None, description="train the teacher first")
+    student: StudentConfig = StudentConfig()
+    data: DataConfig = DataConfig()
+    masking: MaskingConfig = MaskingConfig()
+    objectives: list[ObjectiveConfig] = Field(min_length=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    run: LoopConfig
+    baseline: bool = Field(
+        False, description="also train the same student, from the same weights on the same data, without teacher"
+    )
+
+    @property
+    def uses_teacher(self) -> bool:
+        return any(o.name == "cosine" or o.kd_weight > 0 for o in self.objectives)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the result (so not of where it is written)."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def identity(self) -> dict[str, Any]:
+        plain = self.model_dump(mode="json")
+        del plain["output"], plain["data"]["cache_dir"]
+        return plain
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    teacher: str | None = None,
+    corpus: str | None = None,
+    output: str | Path | None = None,
+) -> RunConfig:
+    """Read a recipe by name or path, apply `"a.b=value"` overrides (values are YAML) and check the result.
+
+    `teacher` is the model to learn from; for a recipe without distillation, the model to adapt.
+    Raises `UserError`, one line with the dotted key, for anything that does not fit.
+    """
+    plain = load_recipe(recipe)
+    plain.setdefault("recipe", Path(recipe).stem)
+    for override in overrides:
+        _apply(plain, override)
+    config = _validate(plain)
+    if teacher is not None:
+        if config.new_teacher is not None:
+            raise UserError(f"recipe {config.recipe} trains its own teacher: use recipe distilbert for {teacher}")
+        if config.uses_teacher:
+            plain["teacher"] = teacher
+        else:
+            plain.setdefault("student", {})["from_model"] = teacher
+    if corpus is not None:
+        plain.setdefault("data", {})["corpus"] = corpus
+    plain["output"] = str(output or plain.get("output") or Path("runs") / config.recipe)
+    config = _validate(plain)
+    _check_complete(config)
+    return config
+
+
+def read_config(path: Path) -> RunConfig:
+    """The resolved configuration that a run left in its output folder."""
+    try:
+        return _validate(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not the configuration of a run: {error}") from None
+
+
+def first_difference(old: RunConfig, new: RunConfig) -> str | None:
+    """`key: old value -> new value` of the first key that differs, None if the runs are the same."""
+    return _difference(old.identity(), new.identity(), "")
+
+
+def _difference(old: Any, new: Any, path: str) -> str | None:
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(key, old.get(key), new.get(key)) for key in {**old, **new}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return None if old == new else f"{path} was {old!r}, is {new!r}"
+    found = (_difference(a, b, f"{path}.{key}" if path else key) for key, a, b in pairs)
+    return next((text for text in found if text), None)
+
+
+def _apply(plain: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"an override reads key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"{key}: {text!r} is not a YAML value") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 (no dot) as a string.
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if key in ("run.steps", "run.epochs"):  # either replaces the recipe's choice of the other
+        plain.get("run", {}).pop("epochs" if key == "run.steps" else "steps", None)
+    *parents, last = key.split(".")
+    node: Any = plain
+    for part in parents:
+        if isinstance(node, list):
+            node = _item(node, part, key)
+        else:
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise UserError(f"{key}: {part} is a value, not a section")
+    if isinstance(node, list):
+        _item(node, last, key)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _item(node: list[Any], part: str, key: str) -> Any:
+    if not part.isdigit() or int(part) >= len(node):
+        raise UserError(f"{key}: expected an index from 0 to {len(node) - 1}, got {part!r}")
+    return node[int(part)]
+
+
+def _validate(plain: Any) -> RunConfig:
+    try:
+        return RunConfig.model_validate(plain)
+    except ValidationError as error:
+        raise UserError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    # An unknown key explains the others (a missing one may be misspelt), so it goes first.
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = problems[0]
+    tags = {"vocabulary", "cosine"}
+    path = [str(part) for part in first["loc"] if part not in tags]
+    dotted = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(first["loc"][:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
+        return f"unknown key {dotted}: {hint}"
+    if first["type"] == "missing":
+        return f"{dotted} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"{dotted}: " if dotted else ""
+    shown = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+    return f"{where}{message[0].lower()}{message[1:]}{shown}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the section at a pydantic error location (which holds union tags and list indices)."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part == "vocabulary":
+            section = VocabularyConfig
+        elif part == "cosine":
+            section = CosineConfig
+        elif isinstance(part, str) and part != "objectives":
+            annotation = section.model_fields[part].annotation
+            options = (annotation, *get_args(annotation))
+            section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)
+
+
+def _check_complete(config: RunConfig) -> None:
+    if config.data.corpus is None:
+        raise UserError(f"recipe {config.recipe} needs a corpus: --corpus ID_OR_PATH")
+    if config.uses_teacher and config.teacher is None and config.new_teacher is None:
+        raise UserError(f"recipe {config.recipe} needs a teacher: --teacher ID_OR_DIR")
+    if config.teacher is not None and config.new_teacher is not None:
+        raise UserError("teacher and new_teacher exclude each other")
+    if not config.uses_teacher:
+        if config.teacher is not None:
+            raise UserError("teacher: no objective uses it (all have kd_weight 0)")
+        if config.baseline:
+            raise UserError("baseline: a run without a teacher is its own baseline")
+        if config.student.from_model is None:
+            raise UserError(f"recipe {config.recipe} needs a model to train: --teacher ID_OR_DIR")
+    elif config.student.from_model is not None:
+        raise UserError("student.from_model: a distilled student starts from its teacher; leave it out")
+    if config.run.head_warmup_steps and config.uses_teacher:
+        raise UserError("run.head_warmup_steps is for a run without a teacher")
+    layers, count = config.student.teacher_layers, config.student.num_layers
+    if layers is not None and count is not None and len(layers) != count:
+        raise UserError(f"student.teacher_layers names {len(layers)} layers, student.num_layers is {count}")
