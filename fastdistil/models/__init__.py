@@ -1,0 +1,1 @@
+"""Teacher and student models: loading, heads, student initialisation, taps."""

@@ -1,0 +1,82 @@
+"""The masked-language-model head, split where distillation needs it.
+
+A head is `logits = transform(hidden) @ weight.T + bias`. Objectives call the cheap `transform` on the rows they want
+and hand `weight` and `bias` to the vocabulary op, which never forms the whole (N, V) product.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastdistil.errors import UserError
+
+
+@dataclass(frozen=True)
+class MLMHead:
+    """`logits = transform(hidden) @ weight.T + bias`, all three shared with the model they come from."""
+
+    transform: Callable[[Tensor], Tensor]  # (..., D) -> (..., E); E is D except in ELECTRA
+    weight: Tensor  # (V, E), the model's own parameter, tied to its word embeddings in most models
+    bias: Tensor | None  # (V,)
+    transform_parameters: tuple[nn.Parameter, ...]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What belongs to the head alone: the transform and the bias, without the (tied) vocabulary matrix."""
+        bias = [self.bias] if isinstance(self.bias, nn.Parameter) else []
+        return [*self.transform_parameters, *bias]
+
+
+def mlm_head(model: Any) -> MLMHead:
+    """The head of a `transformers` masked language model.
+
+    Families: BERT, RoBERTa, DistilBERT, ELECTRA (generator) and ModernBERT, by `model.config.model_type`.
+    Raises `UserError` for another family, naming the ones above.
+    """
+    family = model.config.model_type
+    if family not in _SPLITS:
+        raise UserError(
+            f"{type(model).__name__} (model type {family!r}) has no masked-language-model head that fastdistil "
+            f"can split; supported: {', '.join(sorted(_SPLITS))}"
+        )
+    parts, transform = _SPLITS[family](model)
+    decoder = model.get_output_embeddings()
+    parameters = tuple(parameter for part in parts for parameter in part.parameters())
+    return MLMHead(transform, decoder.weight, decoder.bias, parameters)
+
+
+_Split = tuple[list[nn.Module], Callable[[Tensor], Tensor]]
+
+
+def _bert(model: Any) -> _Split:
+    transform = model.cls.predictions.transform
+    return [transform], transform
+
+
+def _roberta(model: Any) -> _Split:
+    head = model.lm_head
+    return [head.dense, head.layer_norm], lambda hidden: head.layer_norm(nn.functional.gelu(head.dense(hidden)))
+
+
+def _distilbert(model: Any) -> _Split:
+    dense, norm, activation = model.vocab_transform, model.vocab_layer_norm, model.activation
+    return [dense, norm], lambda hidden: norm(activation(dense(hidden)))
+
+
+def _electra(model: Any) -> _Split:
+    transform = model.generator_predictions
+    return [transform], transform
+
+
+def _modernbert(model: Any) -> _Split:
+    return [model.head], model.head
+
+
+_SPLITS: dict[str, Callable[[Any], _Split]] = {
+    "bert": _bert,
+    "roberta": _roberta,
+    "distilbert": _distilbert,
+    "electra": _electra,
+    "modernbert": _modernbert,
+}

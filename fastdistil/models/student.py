@@ -1,0 +1,242 @@
+"""Make a smaller student out of a teacher."""
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from fastdistil.errors import UserError
+
+# Where each family keeps its stack of layers, as the state dict names it.
+_LAYERS = {
+    "bert": "bert.encoder.layer.",
+    "roberta": "roberta.encoder.layer.",
+    "distilbert": "distilbert.transformer.layer.",
+    "electra": "electra.encoder.layer.",
+    "modernbert": "model.layers.",
+}
+_DROPOUTS = {
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "distilbert": ("dropout", "attention_dropout"),
+    "electra": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "modernbert": ("embedding_dropout", "mlp_dropout", "attention_dropout"),
+}
+# BERT's names of a weight, and DistilBERT's for the same one.
+_BERT_TO_DISTILBERT = [
+    (r"^bert\.encoder\.", "distilbert.transformer."),
+    (r"^bert\.", "distilbert."),
+    (r"\.attention\.self\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_lin."),
+    (r"\.attention\.output\.dense\.", ".attention.out_lin."),
+    (r"\.attention\.output\.LayerNorm\.", ".sa_layer_norm."),
+    (r"\.intermediate\.dense\.", ".ffn.lin1."),
+    (r"(\.layer\.\d+)\.output\.dense\.", r"\1.ffn.lin2."),
+    (r"(\.layer\.\d+)\.output\.LayerNorm\.", r"\1.output_layer_norm."),
+    (r"^cls\.predictions\.transform\.dense\.", "vocab_transform."),
+    (r"^cls\.predictions\.transform\.LayerNorm\.", "vocab_layer_norm."),
+    (r"^cls\.predictions\.decoder\.", "vocab_projector."),
+]
+
+
+def make_student(
+    teacher: Any,
+    *,
+    num_layers: int | None = None,
+    teacher_layers: Sequence[int] | None = None,
+    hidden_size: int | None = None,
+    num_attention_heads: int | None = None,
+    intermediate_size: int | None = None,
+    init: str = "teacher",
+    dropout: float | None = None,
+) -> Any:
+    """A masked language model with fewer layers than `teacher`, or a narrower one with fresh weights.
+
+    A BERT teacher gives a `DistilBertForMaskedLM` (Sanh et al. 2019): no pooler, no token types; its token-type-0
+    embedding is added into the position embeddings, so that the student with all of the teacher's layers computes
+    exactly what the teacher does on single sentences (at the LayerNorm epsilon 1e-12 that DistilBERT has fixed and
+    every published BERT uses). Any other family keeps its class. Embeddings and head are copied and tied as in the
+    teacher.
+
+    Args:
+        teacher: a masked language model of one of the families of `mlm_head`; it is not changed.
+        num_layers: depth of the student; default half of the teacher's.
+        teacher_layers: which layers to copy, 0-based and ascending; default `spread_layers`. Only for
+            `init="teacher"`.
+        hidden_size, num_attention_heads, intermediate_size: widths of a student with `init="random"`; default the
+            teacher's, scaled with `hidden_size`.
+        init: "teacher" copies weights, "random" draws them from torch's global random state.
+        dropout: of hidden states and attention; default the teacher's.
+
+    Raises:
+        UserError: a layer that the teacher does not have, a depth above the teacher's, widths that cannot be copied
+            or do not divide, a layer list that does not fit `num_layers`.
+    """
+    family, depth = teacher.config.model_type, teacher.config.num_hidden_layers
+    widths = {
+        name: value
+        for name, value in (
+            ("hidden_size", hidden_size),
+            ("num_attention_heads", num_attention_heads),
+            ("intermediate_size", intermediate_size),
+        )
+        if value is not None
+    }
+    if family not in _LAYERS:
+        raise UserError(f"no student can be made of model type {family!r}; supported: {', '.join(sorted(_LAYERS))}")
+    if init == "random":
+        if teacher_layers is not None:
+            raise UserError("student.teacher_layers names layers to copy, but student.init is 'random'")
+        return _build(teacher, num_layers or max(1, depth // 2), None, widths, dropout)
+    if widths:
+        raise UserError(
+            f"student.{next(iter(widths))} changes the width, so the teacher's weights cannot be copied: "
+            "set student.init to 'random' or leave it out"
+        )
+    layers = _check_layers(depth, num_layers, teacher_layers)
+    if family == "modernbert" and layers[0] != 0:
+        raise UserError(
+            f"student.teacher_layers must start with 0 for ModernBERT, whose first layer alone has no attention "
+            f"norm, got {layers}"
+        )
+    student = _build(teacher, len(layers), layers, {}, dropout)
+    weights = _pick_layers(teacher.state_dict(), _LAYERS[family], layers)
+    if family == "bert":
+        weights = _as_distilbert(weights)
+    student.load_state_dict(weights)
+    return student
+
+
+def spread_layers(depth: int, num_layers: int) -> list[int]:
+    """`num_layers` of `depth` layers, evenly from the first to the last: 6 of 12 are DistilBERT's 0, 2, 4, 7, 9, 11."""
+    gaps = max(num_layers - 1, 1)
+    return [(2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(num_layers)]
+
+
+def _check_layers(depth: int, num_layers: int | None, teacher_layers: Sequence[int] | None) -> list[int]:
+    if teacher_layers is None:
+        wanted = num_layers or max(1, depth // 2)
+        if wanted > depth:
+            raise UserError(f"student.num_layers is {wanted}, but the teacher has only {depth} layers to copy")
+        return spread_layers(depth, wanted)
+    layers = list(teacher_layers)
+    for layer in layers:
+        if not 0 <= layer < depth:
+            raise UserError(f"student.teacher_layers has {layer}, but the teacher's layers are 0 to {depth - 1}")
+    if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
+        raise UserError(f"student.teacher_layers must be ascending layers of the teacher, each once, got {layers}")
+    if num_layers is not None and num_layers != len(layers):
+        raise UserError(f"student.num_layers is {num_layers}, but student.teacher_layers lists {len(layers)} layers")
+    return layers
+
+
+def _build(
+    teacher: Any, num_layers: int, layers: list[int] | None, widths: dict[str, int], dropout: float | None
+) -> Any:
+    """The student's architecture with fresh weights, in the teacher's dtype and on its device."""
+    from transformers import AutoModelForMaskedLM, DistilBertConfig
+
+    old = teacher.config
+    sizes = _widths(old, widths)
+    config: Any
+    if old.model_type == "bert":
+        config = DistilBertConfig(
+            vocab_size=old.vocab_size,
+            max_position_embeddings=old.max_position_embeddings,
+            n_layers=num_layers,
+            dim=sizes["hidden_size"],
+            n_heads=sizes["num_attention_heads"],
+            hidden_dim=sizes["intermediate_size"],
+            activation=old.hidden_act,
+            dropout=old.hidden_dropout_prob,
+            attention_dropout=old.attention_probs_dropout_prob,
+            initializer_range=old.initializer_range,
+            pad_token_id=old.pad_token_id,
+            tie_word_embeddings=old.tie_word_embeddings,
+        )
+    else:
+        config = copy.deepcopy(old)
+        config.num_hidden_layers = num_layers
+        config.hidden_size = sizes["hidden_size"]
+        config.num_attention_heads = sizes["num_attention_heads"]
+        setattr(config, _ffn_name(old), sizes["intermediate_size"])
+        if old.model_type == "modernbert":
+            picked = layers or spread_layers(old.num_hidden_layers, min(num_layers, old.num_hidden_layers))
+            kinds = [old.layer_types[layer] for layer in picked]
+            config.layer_types = [kinds[i % len(kinds)] for i in range(num_layers)]
+    if dropout is not None:
+        for name in _DROPOUTS[config.model_type]:
+            setattr(config, name, dropout)
+    return AutoModelForMaskedLM.from_config(config, dtype=teacher.dtype).to(teacher.device)
+
+
+def _ffn_name(config: Any) -> str:
+    return "hidden_dim" if config.model_type == "distilbert" else "intermediate_size"
+
+
+def _widths(old: Any, wanted: dict[str, int]) -> dict[str, int]:
+    hidden = wanted.get("hidden_size", old.hidden_size)
+    head_size = old.hidden_size // old.num_attention_heads
+    heads = wanted.get("num_attention_heads", max(1, hidden // head_size))
+    if hidden % heads:
+        raise UserError(f"student.hidden_size {hidden} is not a multiple of student.num_attention_heads {heads}")
+    ffn = wanted.get("intermediate_size", getattr(old, _ffn_name(old)) * hidden // old.hidden_size)
+    return {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": ffn}
+
+
+def _pick_layers(weights: dict[str, torch.Tensor], stack: str, layers: list[int]) -> dict[str, torch.Tensor]:
+    picked = {name: weight for name, weight in weights.items() if not name.startswith(stack)}
+    for new, old in enumerate(layers):
+        prefix = f"{stack}{old}."
+        for name, weight in weights.items():
+            if name.startswith(prefix):
+                picked[f"{stack}{new}.{name.removeprefix(prefix)}"] = weight
+    return picked
+
+
+def _as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    weights = dict(weights)
+    token_type = weights.pop("bert.embeddings.token_type_embeddings.weight")
+    position = "bert.embeddings.position_embeddings.weight"
+    weights[position] = weights[position] + token_type[0]
+    # A BERT head names its one bias twice, as its own and as the decoder's; the decoder's is the one in use.
+    weights.pop("cls.predictions.bias")
+    renamed = {}
+    for name, weight in weights.items():
+        for pattern, replacement in _BERT_TO_DISTILBERT:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = weight
+    return renamed
+
+
+_PROBE = "Élan vital: HTTP/2's naïve 3.5% re-run [sic], ﬁve — 東京 😀 unbelievably\tgood?!"
+
+
+def check_same_tokenizer(teacher: Any, student: Any) -> None:
+    """Raise `UserError`, naming the first difference, unless both tokenizers turn text into the same ids.
+
+    Compared are the vocabularies, the special tokens, and the ids of a sentence that casing, accents, punctuation and
+    non-Latin text would split differently.
+    """
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    if theirs != ours:
+        by_id = [{index: token for token, index in vocab.items()} for vocab in (theirs, ours)]
+        index = min(i for i in by_id[0].keys() | by_id[1].keys() if by_id[0].get(i) != by_id[1].get(i))
+        _differ(f"token {index} is {by_id[0].get(index)!r}", repr(by_id[1].get(index)))
+    for name in ("pad_token", "mask_token", "cls_token", "sep_token", "unk_token"):
+        a, b = getattr(teacher, name), getattr(student, name)
+        if a != b:
+            _differ(f"the {name} is {a!r}", repr(b))
+    a, b = teacher(_PROBE)["input_ids"], student(_PROBE)["input_ids"]
+    if a != b:
+        a_tokens, b_tokens = teacher.convert_ids_to_tokens(a), student.convert_ids_to_tokens(b)
+        i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        _differ(f"the same text becomes {a_tokens[i : i + 3]}", str(b_tokens[i : i + 3]))
+
+
+def _differ(teacher: str, student: str) -> None:
+    raise UserError(
+        f"teacher and student have different tokenizers: {teacher} in the teacher's but {student} in the student's; "
+        "vocabulary distillation needs the same one"
+    )
