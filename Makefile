@@ -48,7 +48,7 @@ lint: setup
 check: lint test
 
 bench: setup
-	$(PIP) '.[bench]'
+	$(PIP) liger-kernel
 	$(PY) -m pytest benchmarks $(ARGS)
 
 # On a machine with a GPU, torch and no network: install, test and measure with the python3 that is there.

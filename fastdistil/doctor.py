@@ -1,0 +1,108 @@
+"""What this installation runs on: versions, devices, and which implementation serves each op and why."""
+
+import os
+import platform
+import shutil
+import subprocess
+from importlib import import_module, metadata
+from pathlib import Path
+
+import torch
+
+import fastdistil
+from fastdistil.ops import implementations
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "pydantic", "numpy")
+
+
+def report() -> str:
+    """The text of `fastdistil doctor`."""
+    sections = {
+        f"fastdistil {fastdistil.__version__}": _versions(),
+        "devices": _devices(),
+        "C++ extension": _extension(),
+        "ops": _ops(),
+    }
+    return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections.items())
+
+
+def _versions() -> list[tuple[str, ...]]:
+    rows = [("python", platform.python_version())]
+    for package in PACKAGES:
+        try:
+            rows.append((package, metadata.version(package)))
+        except metadata.PackageNotFoundError:
+            rows.append((package, "not installed"))
+    rows.append(("compiler", _first_line("c++", "--version")))
+    if torch.version.cuda:
+        rows.append(("CUDA of torch", torch.version.cuda))
+    return rows
+
+
+def _first_line(program: str, *arguments: str) -> str:
+    path = shutil.which(program)
+    if path is None:
+        return f"no {program} on the PATH"
+    output = subprocess.run([path, *arguments], capture_output=True, text=True, check=False).stdout
+    return output.partition("\n")[0]
+
+
+def _devices() -> list[tuple[str, ...]]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    bf16 = "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated, slower than float32"
+    rows = [
+        ("cpu", _cpu_name()),
+        ("", f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs; torch uses {capability}"),
+        ("", f"bfloat16 matrix products: {bf16}"),
+    ]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        rows.append(
+            (
+                f"cuda:{index}",
+                f"{device.name}, {device.total_memory / 2**30:.0f} GiB, sm_{device.major}{device.minor}",
+            )
+        )
+    if not torch.cuda.is_available():
+        rows.append(("cuda", "none"))
+    return rows
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _extension() -> list[tuple[str, ...]]:
+    try:
+        extension = import_module("fastdistil._C")
+    except ImportError as error:
+        return [
+            ("not built", str(error)),
+            (
+                "to build",
+                "FASTDISTIL_EXT=1 pip install --no-build-isolation . (setuptools, ninja, pybind11, C++)",
+            ),
+        ]
+    rows = [("instructions", extension.cpu_capability())]
+    rows += [(key.replace("_", " "), str(value)) for key, value in extension.build_info().items()]
+    return rows
+
+
+def _ops() -> list[tuple[str, ...]]:
+    return [
+        (row.op, row.device, row.implementation, f"because {row.reason}" if row.reason else "")
+        for row in implementations()
+    ]
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
