@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoint-<step>`:
     model.safetensors, config.json   the model, as transformers reads it
     optimizer.safetensors            `<moment>/<parameter name>`
     rng-<rank>.safetensors           the generator states of one process
-    state.json                       step, tokens, fingerprint of the run, SHA-256 of each file above
+    state.json                       step, tokens, position in the data, fingerprint, SHA-256 of each file
 
 It is written to a temporary folder, flushed to the disk and renamed, so a folder of that name is whole unless
 the disk itself lost something, which the checksums find. Nothing is pickled.
@@ -18,6 +18,7 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,9 +61,10 @@ def save_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    rng: Rng,
-    accelerator: Accelerator,
     *,
+    rng: Rng,
+    data: dict[str, Any],
+    accelerator: Accelerator,
     fingerprint: str,
     keep: int,
 ) -> None:
@@ -72,36 +74,39 @@ def save_checkpoint(
     """
     folder = root / f"checkpoint-{progress.step}"
     temporary = root / f".writing-{folder.name}"
-    failure: OSError | None = None
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    accelerator.wait_for_everyone()
-    try:
-        write_durably(temporary / f"rng-{accelerator.process_index}.safetensors", save(rng))
-    except OSError as error:
-        failure = failure or error
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and failure is None:
+
+    def prepare() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def write() -> None:
+        write_model(temporary, model)
+        write_durably(temporary / "optimizer.safetensors", save(_optimizer_tensors(model, optimizer)))
+        sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+        state = {**asdict(progress), "data": data, "fingerprint": fingerprint, "sha256": sums}
+        write_durably(temporary / "state.json", json.dumps(state, indent=1).encode())
+        publish(temporary, folder)
+
+    rng_file = temporary / f"rng-{accelerator.process_index}.safetensors"
+    main = accelerator.is_main_process
+    for stage in (
+        prepare if main else None,
+        lambda: write_durably(rng_file, save(rng)),
+        write if main else None,
+    ):
+        failure = None
         try:
-            write_model(temporary, model)
-            write_durably(temporary / "optimizer.safetensors", save(_optimizer_tensors(model, optimizer)))
-            sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
-            state = {**asdict(progress), "fingerprint": fingerprint, "sha256": sums}
-            write_durably(temporary / "state.json", json.dumps(state, indent=1).encode())
-            publish(temporary, folder)
+            if stage:
+                stage()
         except OSError as error:
             failure = error
-    if _any_process(failure is not None, accelerator):
-        if accelerator.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
-        kept = "earlier checkpoints are untouched" if _steps(root) else "there is no earlier one"
-        reason = failure.strerror or failure if failure else "another process failed"
-        raise RunError(f"cannot save {folder}: {reason}; {kept}")
-    if accelerator.is_main_process:
+        if _any_process(failure is not None, accelerator):
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            kept = "earlier checkpoints are untouched" if _steps(root) else "there is no earlier one"
+            reason = (failure.strerror or failure) if failure else "another process failed"
+            raise RunError(f"cannot save {folder}: {reason}; {kept}")
+    if main:
         for step in _steps(root)[:-keep]:
             shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
 
@@ -117,8 +122,11 @@ def newest_checkpoint(root: Path, fingerprint: str) -> Path | None:
 
 def load_checkpoint(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
-) -> Progress:
-    """Put a checkpoint back into the model, the optimiser and the generators of this process."""
+) -> tuple[Progress, dict[str, Any]]:
+    """Put a checkpoint back into the model, the optimiser and the generators of this process.
+
+    Returns where training stood, and the state of the batch source.
+    """
     load_weights(model, folder / "model.safetensors")
     _load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
     rng = folder / f"rng-{accelerator.process_index}.safetensors"
@@ -127,7 +135,7 @@ def load_checkpoint(
     else:
         accelerator.print(f"{folder.name} was written by fewer processes: dropout continues from a new seed")
     state = json.loads((folder / "state.json").read_text())
-    return Progress(state["step"], state["tokens"], state["seconds"])
+    return Progress(state["step"], state["tokens"], state["seconds"]), state["data"]
 
 
 def write_model(folder: Path, model: nn.Module) -> None:
@@ -179,9 +187,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
+def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     names = {parameter: name for name, parameter in model.named_parameters()}
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():

@@ -4,6 +4,7 @@
 Every key is documented on its field, with its unit; an unknown key is an error that names the nearest one.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -70,7 +71,7 @@ class DataConfig(Section):
     vocab_size: int | None = Field(
         None, ge=64, description="train a WordPiece vocabulary of this many entries on the corpus instead"
     )
-    cache_dir: Path | None = Field(None, description="where token stores are kept; None: the output folder")
+    cache_dir: Path | None = Field(None, description="where token stores are kept; None: ~/.cache/fastdistil")
 
 
 class MaskingConfig(Section):
@@ -179,7 +180,8 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     run: LoopConfig
     baseline: bool = Field(
-        False, description="also train the same student, from the same weights on the same data, without teacher"
+        False,
+        description="also train the same student, from the same weights on the same data, without teacher",
     )
 
     @property
@@ -219,7 +221,9 @@ def load_config(
     config = _validate(plain)
     if teacher is not None:
         if config.new_teacher is not None:
-            raise UserError(f"recipe {config.recipe} trains its own teacher: use recipe distilbert for {teacher}")
+            raise UserError(
+                f"recipe {config.recipe} trains its own teacher: use recipe distilbert for {teacher}"
+            )
         if config.uses_teacher:
             plain["teacher"] = teacher
         else:
@@ -266,10 +270,8 @@ def _apply(plain: dict[str, Any], override: str) -> None:
         raise UserError(f"{key}: {text!r} is not a YAML value") from None
     if isinstance(value, str):
         # YAML 1.1 reads 1e-4 (no dot) as a string.
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     if key in ("run.steps", "run.epochs"):  # either replaces the recipe's choice of the other
         plain.get("run", {}).pop("epochs" if key == "run.steps" else "steps", None)
     *parents, last = key.split(".")
