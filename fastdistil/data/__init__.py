@@ -1,0 +1,1 @@
+"""From text to masked batches: corpus -> token store -> batches -> masking."""
