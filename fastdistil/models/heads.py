@@ -1,7 +1,7 @@
 """The masked-language-model head, split where distillation needs it.
 
-A head is `logits = transform(hidden) @ weight.T + bias`. Objectives call the cheap `transform` on the rows they want
-and hand `weight` and `bias` to the vocabulary op, which never forms the whole (N, V) product.
+A head is `logits = transform(hidden) @ weight.T + bias`. Objectives call the cheap `transform` on the rows
+they want and hand `weight` and `bias` to the vocabulary op, which never forms the whole (N, V) product.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ class MLMHead:
     transform_parameters: tuple[nn.Parameter, ...]
 
     def parameters(self) -> list[nn.Parameter]:
-        """What belongs to the head alone: the transform and the bias, without the (tied) vocabulary matrix."""
+        """What belongs to the head alone: transform and bias, without the (tied) vocabulary matrix."""
         bias = [self.bias] if isinstance(self.bias, nn.Parameter) else []
         return [*self.transform_parameters, *bias]
 
@@ -37,8 +37,8 @@ def mlm_head(model: Any) -> MLMHead:
     family = model.config.model_type
     if family not in _SPLITS:
         raise UserError(
-            f"{type(model).__name__} (model type {family!r}) has no masked-language-model head that fastdistil "
-            f"can split; supported: {', '.join(sorted(_SPLITS))}"
+            f"{type(model).__name__} (model type {family!r}) has no masked-language-model head that "
+            f"fastdistil can split; supported: {', '.join(sorted(_SPLITS))}"
         )
     parts, transform = _SPLITS[family](model)
     decoder = model.get_output_embeddings()
@@ -56,7 +56,8 @@ def _bert(model: Any) -> _Split:
 
 def _roberta(model: Any) -> _Split:
     head = model.lm_head
-    return [head.dense, head.layer_norm], lambda hidden: head.layer_norm(nn.functional.gelu(head.dense(hidden)))
+    parts = [head.dense, head.layer_norm]
+    return parts, lambda hidden: head.layer_norm(nn.functional.gelu(head.dense(hidden)))
 
 
 def _distilbert(model: Any) -> _Split:

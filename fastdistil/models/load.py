@@ -25,15 +25,16 @@ def load_masked_lm(source: str | Path, dtype: torch.dtype = torch.float32) -> tu
 
     Raises:
         UserError: the folder does not exist or is not a model folder, has no safetensors weights, no trained
-            masked-language-model head (the message names the head and the recipe that grows one), or no tokenizer
-            with a mask token that fits the model; the hub cannot be reached; the head's family is not supported.
+            masked-language-model head (the message names the head and the recipe that grows one), or no
+            tokenizer with a mask token that fits the model; the hub cannot be reached; the head's family is
+            not supported.
     """
     model, missing = _load_model(source, dtype)
     head = _head_keys(model, missing)
     if head:
         raise UserError(
-            f"{source}: no trained masked-language-model head ({_common_prefix(head)!r} of {type(model).__name__} is "
-            f"missing); grow one first: fastdistil train mlm --teacher {source}"
+            f"{source}: no trained masked-language-model head ({_common_prefix(head)!r} of "
+            f"{type(model).__name__} is missing); grow one first: fastdistil train mlm --teacher {source}"
         )
     return model, _load_tokenizer(source, model)
 
@@ -43,10 +44,11 @@ def load_encoder_with_new_head(
 ) -> tuple[Any, Any]:
     """`(model, tokenizer)` of an encoder, with a fresh head where its folder has none, in eval mode.
 
-    The decoder is the word embeddings (tied) where the model's config says so, the transform starts as `transformers`
-    initialises a head of that family (from torch's global random state), and the output bias starts at the log
-    frequency of each token if `token_counts` (V,) is given (with one added to each count), which a few thousand steps
-    would otherwise be spent on; else at zero. A head that the folder has is kept as it is.
+    The decoder is the word embeddings (tied) where the model's config says so, the transform starts as
+    `transformers` initialises a head of that family (from torch's global random state), and the output bias
+    starts at the log frequency of each token if `token_counts` (V,) is given (with one added to each
+    count), which a few thousand steps would otherwise be spent on; else at zero. A head that the folder has
+    is kept as it is.
 
     Raises `UserError` as `load_masked_lm` does, except for a missing head.
     """
@@ -60,23 +62,28 @@ def load_encoder_with_new_head(
 
 
 def _load_model(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM
 
     _check_folder(source)
     try:
         with _quiet():
             model, info = AutoModelForMaskedLM.from_pretrained(
-                str(source), dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+                str(source),
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: {_why(source, error)}") from error
     missing = set(info["missing_keys"])
     mlm_head(model)
     encoder = sorted(missing - set(_head_keys(model, missing)))
     if encoder:
         raise UserError(
-            f"{source}: the weights do not fit {type(model).__name__}: {len(encoder)} encoder weights are missing, "
-            f"the first is {encoder[0]!r}"
+            f"{source}: the weights do not fit {type(model).__name__}: {len(encoder)} encoder weights are "
+            f"missing, the first is {encoder[0]!r}"
         )
     return model.eval(), missing
 
@@ -87,7 +94,10 @@ def _load_tokenizer(source: str | Path, model: Any) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer can be loaded from it ({_first_line(error)})") from error
+        raise UserError(f"{source}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # What transformers makes up, from the model type alone, for a folder without tokenizer files.
+        raise UserError(f"{source}: has no tokenizer")
     if tokenizer.mask_token_id is None:
         raise UserError(f"{source}: its tokenizer has no mask token, which masked language modelling needs")
     if len(tokenizer) > model.config.vocab_size:
@@ -121,8 +131,10 @@ def _head_keys(model: Any, keys: set[str]) -> list[str]:
 
 
 def _common_prefix(keys: list[str]) -> str:
-    prefix = os.path.commonprefix(keys)
-    return prefix if len(keys) == 1 else prefix.rpartition(".")[0] or ", ".join(keys)
+    parts = [key.split(".") for key in keys]
+    depth = min(len(part) for part in parts)
+    shared = next((i for i in range(depth) if len({part[i] for part in parts}) > 1), depth)
+    return ".".join(parts[0][:shared]) or ", ".join(keys)
 
 
 def _first_line(error: Exception) -> str:
@@ -131,7 +143,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bar and the report on missing weights of `transformers`: ours says it in one line."""
+    """Without the progress bar and the report on missing weights of `transformers`: we say it ourselves."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

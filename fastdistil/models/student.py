@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ _DROPOUTS = {
     "modernbert": ("embedding_dropout", "mlp_dropout", "attention_dropout"),
 }
 # BERT's names of a weight, and DistilBERT's for the same one.
-_BERT_TO_DISTILBERT = [
+_BERT_TO_DISTILBERT: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^bert\.encoder\.", "distilbert.transformer."),
     (r"^bert\.", "distilbert."),
     (r"\.attention\.self\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_lin."),
@@ -53,24 +54,26 @@ def make_student(
 ) -> Any:
     """A masked language model with fewer layers than `teacher`, or a narrower one with fresh weights.
 
-    A BERT teacher gives a `DistilBertForMaskedLM` (Sanh et al. 2019): no pooler, no token types; its token-type-0
-    embedding is added into the position embeddings, so that the student with all of the teacher's layers computes
-    exactly what the teacher does on single sentences (at the LayerNorm epsilon 1e-12 that DistilBERT has fixed and
-    every published BERT uses). Any other family keeps its class. Embeddings and head are copied and tied as in the
-    teacher.
+    A BERT teacher gives a `DistilBertForMaskedLM` (Sanh et al. 2019): no pooler, no token types; its
+    token-type-0 embedding is added into the position embeddings, so that the student with all of the
+    teacher's layers computes exactly what the teacher does on single sentences (at the LayerNorm epsilon
+    1e-12 that DistilBERT has fixed and every published BERT uses). Any other family keeps its class.
+    Embeddings and head are copied and tied as in the teacher.
 
     Args:
         teacher: a masked language model of one of the families of `mlm_head`; it is not changed.
         num_layers: depth of the student; default half of the teacher's.
         teacher_layers: which layers to copy, 0-based and ascending; default `spread_layers`. Only for
             `init="teacher"`.
-        hidden_size, num_attention_heads, intermediate_size: widths of a student with `init="random"`; default the
+        hidden_size, num_attention_heads, intermediate_size: widths of a student with `init="random"`;
+        default the
             teacher's, scaled with `hidden_size`.
         init: "teacher" copies weights, "random" draws them from torch's global random state.
         dropout: of hidden states and attention; default the teacher's.
 
     Raises:
-        UserError: a layer that the teacher does not have, a depth above the teacher's, widths that cannot be copied
+        UserError: a layer that the teacher does not have, a depth above the teacher's, widths that cannot
+        be copied
             or do not divide, a layer list that does not fit `num_layers`.
     """
     family, depth = teacher.config.model_type, teacher.config.num_hidden_layers
@@ -84,7 +87,9 @@ def make_student(
         if value is not None
     }
     if family not in _LAYERS:
-        raise UserError(f"no student can be made of model type {family!r}; supported: {', '.join(sorted(_LAYERS))}")
+        raise UserError(
+            f"no student can be made of model type {family!r}; supported: {', '.join(sorted(_LAYERS))}"
+        )
     if init == "random":
         if teacher_layers is not None:
             raise UserError("student.teacher_layers names layers to copy, but student.init is 'random'")
@@ -97,8 +102,8 @@ def make_student(
     layers = _check_layers(depth, num_layers, teacher_layers)
     if family == "modernbert" and layers[0] != 0:
         raise UserError(
-            f"student.teacher_layers must start with 0 for ModernBERT, whose first layer alone has no attention "
-            f"norm, got {layers}"
+            f"student.teacher_layers must start with 0 for ModernBERT, whose first layer alone has no "
+            f"attention norm, got {layers}"
         )
     student = _build(teacher, len(layers), layers, {}, dropout)
     weights = _pick_layers(teacher.state_dict(), _LAYERS[family], layers)
@@ -109,7 +114,7 @@ def make_student(
 
 
 def spread_layers(depth: int, num_layers: int) -> list[int]:
-    """`num_layers` of `depth` layers, evenly from the first to the last: 6 of 12 are DistilBERT's 0, 2, 4, 7, 9, 11."""
+    """`num_layers` of `depth` layers, evenly from first to last: 0, 2, 4, 7, 9, 11 for 6 of 12."""
     gaps = max(num_layers - 1, 1)
     return [(2 * i * (depth - 1) + gaps) // (2 * gaps) for i in range(num_layers)]
 
@@ -118,16 +123,24 @@ def _check_layers(depth: int, num_layers: int | None, teacher_layers: Sequence[i
     if teacher_layers is None:
         wanted = num_layers or max(1, depth // 2)
         if wanted > depth:
-            raise UserError(f"student.num_layers is {wanted}, but the teacher has only {depth} layers to copy")
+            raise UserError(
+                f"student.num_layers is {wanted}, but the teacher has only {depth} layers to copy"
+            )
         return spread_layers(depth, wanted)
     layers = list(teacher_layers)
     for layer in layers:
         if not 0 <= layer < depth:
-            raise UserError(f"student.teacher_layers has {layer}, but the teacher's layers are 0 to {depth - 1}")
-    if not layers or any(a >= b for a, b in zip(layers, layers[1:], strict=False)):
-        raise UserError(f"student.teacher_layers must be ascending layers of the teacher, each once, got {layers}")
+            raise UserError(
+                f"student.teacher_layers has {layer}, but the teacher's layers are 0 to {depth - 1}"
+            )
+    if not layers or any(a >= b for a, b in pairwise(layers)):
+        raise UserError(
+            f"student.teacher_layers must be ascending layers of the teacher, each once, got {layers}"
+        )
     if num_layers is not None and num_layers != len(layers):
-        raise UserError(f"student.num_layers is {num_layers}, but student.teacher_layers lists {len(layers)} layers")
+        raise UserError(
+            f"student.num_layers is {num_layers}, but student.teacher_layers lists {len(layers)} layers"
+        )
     return layers
 
 
@@ -180,7 +193,9 @@ def _widths(old: Any, wanted: dict[str, int]) -> dict[str, int]:
     head_size = old.hidden_size // old.num_attention_heads
     heads = wanted.get("num_attention_heads", max(1, hidden // head_size))
     if hidden % heads:
-        raise UserError(f"student.hidden_size {hidden} is not a multiple of student.num_attention_heads {heads}")
+        raise UserError(
+            f"student.hidden_size {hidden} is not a multiple of student.num_attention_heads {heads}"
+        )
     ffn = wanted.get("intermediate_size", getattr(old, _ffn_name(old)) * hidden // old.hidden_size)
     return {"hidden_size": hidden, "num_attention_heads": heads, "intermediate_size": ffn}
 
@@ -216,8 +231,8 @@ _PROBE = "Élan vital: HTTP/2's naïve 3.5% re-run [sic], ﬁve — 東京 😀 
 def check_same_tokenizer(teacher: Any, student: Any) -> None:
     """Raise `UserError`, naming the first difference, unless both tokenizers turn text into the same ids.
 
-    Compared are the vocabularies, the special tokens, and the ids of a sentence that casing, accents, punctuation and
-    non-Latin text would split differently.
+    Compared are the vocabularies, the special tokens, and the ids of a sentence that casing, accents,
+    punctuation and non-Latin text would split differently.
     """
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     if theirs != ours:
@@ -237,6 +252,6 @@ def check_same_tokenizer(teacher: Any, student: Any) -> None:
 
 def _differ(teacher: str, student: str) -> None:
     raise UserError(
-        f"teacher and student have different tokenizers: {teacher} in the teacher's but {student} in the student's; "
-        "vocabulary distillation needs the same one"
+        f"teacher and student have different tokenizers: {teacher} in the teacher's but {student} in the "
+        "student's; vocabulary distillation needs the same one"
     )

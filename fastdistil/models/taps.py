@@ -19,26 +19,26 @@ class Taps:
     trainable: bool = True
 
     def vocabulary_operands(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`(hidden (N, E), weight (V, E), bias (V,) | None)`, whose `hidden @ weight.T + bias` are the logits.
+        """`(hidden (N, E), weight (V, E), bias (V,) | None)`: the logits are `hidden @ weight.T + bias`.
 
-        `rows` (N,) are indices into the B * L positions; None takes all of them. Only these rows are gathered and
-        sent through the head's transform. All three are in the precision of the pass, and only a trainable model's
-        carry a gradient.
+        `rows` (N,) are indices into the B * L positions; None takes all of them. Only these rows are
+        gathered and sent through the head's transform. `hidden` is in the precision of the pass, to which
+        the vocabulary product is left to convert the weight; it carries a gradient if the model trains.
         """
         hidden = self.last_hidden.flatten(0, 1)
-        with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()), _autocast(hidden, self.autocast_dtype):
+        with_grad = self.trainable and torch.is_grad_enabled()
+        with torch.set_grad_enabled(with_grad), _autocast(hidden, self.autocast_dtype):
             if rows is not None:
                 hidden = hidden.index_select(0, rows)
             hidden = self.head.transform(hidden)
-            weight, bias = self.head.weight, self.head.bias
-            if self.autocast_dtype is not None:
-                # Autocast does not reach into a custom op, and a LayerNorm under it gives float32.
-                hidden, weight = hidden.to(self.autocast_dtype), weight.to(self.autocast_dtype)
-        return hidden, weight, bias
+        if self.autocast_dtype is not None:
+            # The transform ends in a LayerNorm, which autocast runs in float32.
+            hidden = hidden.to(self.autocast_dtype)
+        return hidden, self.head.weight, self.head.bias
 
 
 def tap(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Taps:
-    """Taps of a model that trains: `input_ids` and `attention_mask` (B, L). The vocabulary head is not run."""
+    """Taps of a model that trains: `input_ids`, `attention_mask` (B, L). The vocabulary head is not run."""
     hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
     kind = hidden.device.type
     autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -46,8 +46,10 @@ def tap(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Taps:
 
 
 @torch.inference_mode()
-def tap_teacher(model: Any, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None) -> Taps:
-    """Taps of a teacher in eval mode: no gradients, under autocast to `dtype` (see `fast_dtype`) if it is given."""
+def tap_teacher(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None
+) -> Taps:
+    """Taps of a teacher in eval mode, without gradients, under autocast to `dtype` if given (`fast_dtype`)."""
     if model.training:
         raise ValueError("the teacher must be in eval mode: with dropout on it teaches noise")
     with _autocast(input_ids, dtype):

@@ -1,0 +1,203 @@
+"""Loading folders: what is there is loaded exactly, what is missing is named in one line."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from fastdistil.errors import UserError
+from fastdistil.models.load import load_encoder_with_new_head, load_masked_lm
+from fastdistil.models.student import check_same_tokenizer
+
+REAL_ENCODER = Path(__file__).parents[3] / "shared" / "models" / "encoder-12x384"
+
+
+def make_tokenizer(*, lowercase: bool = True, extra: tuple[str, ...] = (), mask: str | None = "[MASK]"):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,-", *extra]
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token=mask,
+    )
+
+
+@pytest.fixture
+def bert_folder(build, tmp_path):
+    build("bert").save_pretrained(tmp_path / "bert")
+    make_tokenizer().save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.fixture
+def headless_folder(build, tmp_path):
+    build("bert").bert.half().save_pretrained(tmp_path / "headless")
+    make_tokenizer().save_pretrained(tmp_path / "headless")
+    return tmp_path / "headless"
+
+
+def test_every_family_loads_with_its_logits_in_eval_mode(tiny_model, tiny_batch, tmp_path):
+    tiny_model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    model, tokenizer = load_masked_lm(tmp_path)
+    ids, mask = tiny_batch(tiny_model)
+    assert torch.equal(model(ids, mask).logits, tiny_model(ids, mask).logits)
+    assert not model.training
+    assert tokenizer.mask_token_id == 4
+
+
+def test_a_missing_head_is_named_with_the_recipe_that_grows_one(headless_folder, caplog, capfd):
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError) as caught:
+        load_masked_lm(headless_folder)
+    message = str(caught.value)
+    assert "'cls.predictions' of BertForMaskedLM is missing" in message
+    assert f"fastdistil train mlm --teacher {headless_folder}" in message
+    assert "\n" not in message
+    assert capfd.readouterr().err == ""
+
+
+def test_a_discriminator_is_not_taken_for_a_generator(build, tmp_path):
+    build("electra").electra.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="generator_lm_head"):
+        load_masked_lm(tmp_path)
+
+
+def test_a_new_head_keeps_the_encoder_in_float32_and_is_tied(headless_folder, build, tiny_batch):
+    model, _ = load_encoder_with_new_head(headless_folder)
+    original = build("bert")
+    ids, mask = tiny_batch(original)
+    expected = original.bert.half().float()(ids, mask).last_hidden_state
+    torch.testing.assert_close(model.bert(ids, mask).last_hidden_state, expected)
+    predictions = model.cls.predictions
+    assert predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert predictions.decoder.bias is predictions.bias
+    assert 0.01 < predictions.transform.dense.weight.std() < 0.04
+    assert predictions.bias.eq(0).all()
+
+
+def test_a_trained_new_head_survives_saving(headless_folder, tmp_path, tiny_batch):
+    model, tokenizer = load_encoder_with_new_head(headless_folder)
+    with torch.no_grad():
+        model.get_output_embeddings().bias.normal_()
+    model.save_pretrained(tmp_path / "grown")
+    tokenizer.save_pretrained(tmp_path / "grown")
+    loaded, _ = load_masked_lm(tmp_path / "grown")
+    ids, mask = tiny_batch(model)
+    assert torch.equal(loaded(ids, mask).logits, model(ids, mask).logits)
+
+
+def test_token_counts_start_the_bias_at_the_log_frequency(headless_folder):
+    counts = torch.arange(61)
+    model, _ = load_encoder_with_new_head(headless_folder, token_counts=counts)
+    bias = model.get_output_embeddings().bias
+    torch.testing.assert_close(bias.exp().sum(), torch.tensor(1.0))
+    torch.testing.assert_close(bias[60] - bias[0], torch.tensor(61.0).log())
+
+
+def test_a_head_that_the_folder_has_is_kept(bert_folder, build):
+    model, _ = load_encoder_with_new_head(bert_folder, token_counts=torch.ones(61))
+    assert torch.equal(model.cls.predictions.bias, build("bert").cls.predictions.bias)
+
+
+def drop(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+
+
+def without_tokenizer(folder: Path) -> None:
+    drop(folder, "tokenizer.json")
+    drop(folder, "tokenizer_config.json")
+
+
+def as_pickle(folder: Path) -> None:
+    drop(folder, "model.safetensors")
+    torch.save({}, folder / "pytorch_model.bin")
+
+
+def as_gpt(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+
+
+def truncated(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def deeper(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 5}))
+
+
+def wider(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 32}))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda folder: drop(folder, "config.json"), "not a model folder, it has no config.json"),
+        (lambda folder: drop(folder, "model.safetensors"), "no safetensors weights"),
+        (as_pickle, "no safetensors weights"),
+        (as_gpt, "cannot be loaded as a masked language model"),
+        (truncated, "cannot be loaded as a masked language model"),
+        (deeper, r"encoder weights are missing, the first is 'bert.encoder.layer.4"),
+        (wider, "cannot be loaded as a masked language model"),
+        (without_tokenizer, "no tokenizer"),
+        (lambda folder: make_tokenizer(mask=None).save_pretrained(folder), "no mask token"),
+        (
+            lambda folder: make_tokenizer(extra=tuple("ABCDEFGHIJKLMNOPQR")).save_pretrained(folder),
+            "62 tokens",
+        ),
+    ],
+)
+def test_a_spoiled_folder_gives_one_line_that_names_it(bert_folder, spoil, message):
+    spoil(bert_folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_masked_lm(bert_folder)
+    assert str(caught.value).startswith(str(bert_folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        UserError, match="nobody/nothing: neither a folder here nor a model that the hub gives"
+    ):
+        load_masked_lm("nobody/nothing")
+
+
+def test_equal_tokenizers_pass_and_the_first_difference_is_named():
+    base = make_tokenizer()
+    check_same_tokenizer(base, make_tokenizer())
+    with pytest.raises(UserError, match=r"token 44 is None in the teacher's but 'xyz' in the student's"):
+        check_same_tokenizer(base, make_tokenizer(extra=("xyz",)))
+    with pytest.raises(UserError, match="the mask_token is '\\[MASK\\]' in the teacher's but None"):
+        check_same_tokenizer(base, make_tokenizer(mask=None))
+    with pytest.raises(UserError, match=r"the same text becomes \['elan'.*but \['\[UNK\]'"):
+        check_same_tokenizer(
+            make_tokenizer(extra=("elan",)), make_tokenizer(extra=("elan",), lowercase=False)
+        )
+
+
+@pytest.mark.skipif(not REAL_ENCODER.is_dir(), reason="the shared encoder folder is not on this machine")
+def test_the_real_encoder_has_no_head_and_grows_one():
+    with pytest.raises(UserError, match=r"'cls.predictions' of BertForMaskedLM is missing"):
+        load_masked_lm(REAL_ENCODER)
+    model, tokenizer = load_encoder_with_new_head(REAL_ENCODER)
+    assert model.dtype == torch.float32
+    batch = tokenizer("The capital of France is [MASK].", return_tensors="pt")
+    with torch.no_grad():
+        loss = torch.logsumexp(model(**batch).logits[0, 6], -1)
+    assert loss.isfinite()

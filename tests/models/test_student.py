@@ -1,0 +1,110 @@
+"""Students made from teachers: exact copies where all layers are kept, the right layers where not."""
+
+import pytest
+import torch
+from transformers import AutoModelForMaskedLM, DistilBertForMaskedLM
+
+from fastdistil.errors import UserError
+from fastdistil.models.student import make_student, spread_layers
+
+
+def logits(model, ids, mask):
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+
+
+def test_a_student_with_all_layers_computes_what_the_teacher_does(tiny_model, tiny_batch):
+    ids, mask = tiny_batch(tiny_model)
+    student = make_student(tiny_model, num_layers=4).eval()
+    torch.testing.assert_close(logits(student, ids, mask), logits(tiny_model, ids, mask), rtol=0, atol=1e-6)
+
+
+def test_a_student_with_two_layers_equals_the_teacher_cut_to_them(tiny_model, tiny_batch):
+    ids, mask = tiny_batch(tiny_model)
+    student = make_student(tiny_model, teacher_layers=[0, 2]).eval()
+    stack = next(
+        m for m in tiny_model.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4
+    )
+    del stack[3], stack[1]
+    if tiny_model.config.model_type == "modernbert":
+        # Layers 0 and 2 of the pattern full, sliding, sliding, full.
+        assert student.config.layer_types == ["full_attention", "sliding_attention"]
+    torch.testing.assert_close(logits(student, ids, mask), logits(tiny_model, ids, mask), rtol=0, atol=1e-6)
+
+
+def test_the_vocabulary_matrix_of_the_student_stays_tied_and_is_its_own(tiny_model):
+    student = make_student(tiny_model)
+    weight = student.get_output_embeddings().weight
+    assert weight is student.get_input_embeddings().weight
+    assert weight.data_ptr() != tiny_model.get_input_embeddings().weight.data_ptr()
+
+
+def test_a_saved_student_loads_back_to_the_same_logits(tiny_model, tiny_batch, tmp_path):
+    ids, mask = tiny_batch(tiny_model)
+    student = make_student(tiny_model).eval()
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, ids, mask), logits(student, ids, mask))
+
+
+def test_a_bert_teacher_gives_a_distilbert_with_its_dropout(build):
+    student = make_student(build("bert", hidden_dropout_prob=0.3))
+    assert isinstance(student, DistilBertForMaskedLM)
+    assert student.config.dropout == 0.3
+    assert make_student(build("bert"), dropout=0.0).config.attention_dropout == 0.0
+
+
+def test_untied_teachers_give_untied_students(build, tiny_batch):
+    teacher = build("bert", tie_word_embeddings=False)
+    ids, mask = tiny_batch(teacher)
+    student = make_student(teacher, num_layers=4).eval()
+    torch.testing.assert_close(logits(student, ids, mask), logits(teacher, ids, mask), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers", "expected"),
+    [
+        (12, 6, [0, 2, 4, 7, 9, 11]),
+        (24, 6, [0, 5, 9, 14, 18, 23]),
+        (12, 1, [0]),
+        (4, 2, [0, 3]),
+        (3, 3, [0, 1, 2]),
+    ],
+)
+def test_layers_spread_evenly_and_are_distilberts_for_six_of_twelve(depth, layers, expected):
+    assert spread_layers(depth, layers) == expected
+
+
+def test_a_random_student_takes_its_own_widths_and_is_reproducible(tiny_model, tiny_batch):
+    students = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        students.append(make_student(tiny_model, num_layers=3, hidden_size=8, init="random").eval())
+    config = students[0].config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 8, 1)
+    first, second = (logits(student, *tiny_batch(tiny_model)) for student in students)
+    assert torch.equal(first, second)
+    assert first.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"teacher_layers": [0, 4]}, r"teacher_layers has 4, but the teacher's layers are 0 to 3"),
+        ({"teacher_layers": [2, 1]}, r"must be ascending.*\[2, 1\]"),
+        ({"teacher_layers": []}, r"must be ascending"),
+        ({"teacher_layers": [0, 1], "num_layers": 3}, r"num_layers is 3, but student.teacher_layers lists 2"),
+        ({"num_layers": 5}, r"num_layers is 5, but the teacher has only 4"),
+        ({"hidden_size": 8}, r"student.hidden_size changes the width"),
+        ({"init": "random", "teacher_layers": [0]}, r"student.init is 'random'"),
+        ({"init": "random", "hidden_size": 9, "num_attention_heads": 2}, r"9 is not a multiple of .* 2"),
+    ],
+)
+def test_impossible_students_are_refused_naming_the_key(build, arguments, message):
+    with pytest.raises(UserError, match=message):
+        make_student(build("bert"), **arguments)
+
+
+def test_modernbert_must_keep_its_first_layer(build):
+    with pytest.raises(UserError, match="must start with 0 for ModernBERT"):
+        make_student(build("modernbert"), teacher_layers=[1, 2])
