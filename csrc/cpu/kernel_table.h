@@ -1,0 +1,32 @@
+// The table of one instruction set; included by kernels_<set>.cpp after its definitions.
+#pragma once
+
+#include "cosine_loss_rows.h"
+#include "kd_loss_rows.h"
+#include "scale_grad_rows.h"
+
+namespace fastdistil::FASTDISTIL_SET {
+
+inline void convert_to_float(const void* source, Dtype dtype, int64_t n, float* target) {
+  to_acc(source, dtype, n, target);
+}
+
+inline void convert_to_double(const void* source, Dtype dtype, int64_t n, double* target) {
+  to_acc(source, dtype, n, target);
+}
+
+#define FASTDISTIL_TEXT(x) FASTDISTIL_TEXT_OF(x)
+#define FASTDISTIL_TEXT_OF(x) #x
+
+const Kernels kTable{
+    FASTDISTIL_TEXT(FASTDISTIL_SET),
+    kd_loss_row<float>,
+    kd_loss_row<double>,
+    cosine_loss_row<float>,
+    cosine_loss_row<double>,
+    scale_row,
+    convert_to_float,
+    convert_to_double,
+};
+
+}  // namespace fastdistil::FASTDISTIL_SET
