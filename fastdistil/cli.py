@@ -68,15 +68,39 @@ def train(
 ) -> None:
     """Train or distil a model by a recipe."""
     from fastdistil.train.config import load_config
-    from fastdistil.train.run import run
 
     config = load_config(recipe, overrides or [], teacher=teacher, corpus=corpus, output=output)
+    # After the check: a mistyped key is told before transformers is loaded.
+    from fastdistil.train.run import run
+
     try:
         run(config, resume=resume)
     except KeyboardInterrupt:
         again = [argument for argument in ctx.obj.arguments if argument != "--resume"]
         _say(f"interrupted; resume with: {shlex.join(['fastdistil', *again, '--resume'])}")
         raise
+
+
+@app.command()
+def prepare(
+    corpus: Annotated[
+        str, typer.Argument(help="Text files, parquet, jsonl, a `datasets` name or `machine`.")
+    ],
+    tokenizer: Annotated[str, typer.Option(help="Folder or hub id, as a rule the teacher's.")],
+    output: Annotated[Path, typer.Option(help="Folder of the token store, which must not exist.")],
+    max_length: Annotated[int, typer.Option(help="Tokens a sequence, with [CLS] and [SEP].")] = 128,
+    text_column: Annotated[str, typer.Option(help="Column of parquet, jsonl and `datasets` rows.")] = "text",
+    split: Annotated[str, typer.Option(help="Split of a `datasets` name or of a folder.")] = "train",
+    debug: Debug = False,
+) -> None:
+    """Turn text into a token store, which `train` and `evaluate` take as their corpus."""
+    from fastdistil.data.corpus import open_corpus
+    from fastdistil.data.token_store import build_token_store
+    from fastdistil.models.load import load_tokenizer
+
+    documents = open_corpus(corpus, text_column=text_column, split=split, streaming=True)
+    store = build_token_store(documents, load_tokenizer(tokenizer), output, max_length)
+    print(f"{output}: {len(store):,} sequences of {max_length}, {store.meta.num_tokens:,} tokens")
 
 
 @app.command()

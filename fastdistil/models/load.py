@@ -61,6 +61,22 @@ def load_encoder_with_new_head(
     return model, _load_tokenizer(source, model)
 
 
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer of a `transformers` folder or of a model on the hub; UserError if it has no mask token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        # What transformers makes up, from the model type alone, for a folder without tokenizer files.
+        raise UserError(f"{source}: has no tokenizer")
+    if tokenizer.mask_token_id is None:
+        raise UserError(f"{source}: its tokenizer has no mask token, which masked language modelling needs")
+    return tokenizer
+
+
 def _load_model(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
     from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM
@@ -89,17 +105,7 @@ def _load_model(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
 
 
 def _load_tokenizer(source: str | Path, model: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer could be loaded ({_first_line(error)})") from error
-    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        # What transformers makes up, from the model type alone, for a folder without tokenizer files.
-        raise UserError(f"{source}: has no tokenizer")
-    if tokenizer.mask_token_id is None:
-        raise UserError(f"{source}: its tokenizer has no mask token, which masked language modelling needs")
+    tokenizer = load_tokenizer(source)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {len(tokenizer)} tokens but the model's vocabulary only "

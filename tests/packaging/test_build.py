@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("fastdistil", "kernels", "csrc", "tests")
+MODULES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "fastdistil").rglob("*.py"))
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 RECIPES = sorted(path.name for path in (ROOT / "fastdistil" / "recipes").glob("*.yaml"))
 
@@ -69,8 +70,8 @@ def test_the_sdist_holds_all_that_a_build_needs(built: Built) -> None:
     assert wanted - built.sdist_files == set()
 
 
-def test_the_wheel_holds_kernels_and_recipes(built: Built) -> None:
-    wanted = {f"fastdistil/kernels/{name}" for name in KERNELS}
+def test_the_wheel_holds_all_modules_kernels_and_recipes(built: Built) -> None:
+    wanted = {*MODULES, *(f"fastdistil/kernels/{name}" for name in KERNELS)}
     wanted |= {f"fastdistil/recipes/{name}" for name in RECIPES}
     wanted |= {"fastdistil/py.typed"}
     assert KERNELS
