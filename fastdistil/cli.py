@@ -94,12 +94,21 @@ def prepare(
     debug: Debug = False,
 ) -> None:
     """Turn text into a token store, which `train` and `evaluate` take as their corpus."""
+    from rich.console import Console
+
     from fastdistil.data.corpus import open_corpus
     from fastdistil.data.token_store import build_token_store
     from fastdistil.models.load import load_tokenizer
 
     documents = open_corpus(corpus, text_column=text_column, split=split, streaming=True)
-    store = build_token_store(documents, load_tokenizer(tokenizer), output, max_length)
+    with Console(stderr=True).status(f"reading {corpus}") as status:
+        store = build_token_store(
+            documents,
+            load_tokenizer(tokenizer),
+            output,
+            max_length,
+            on_progress=lambda read, made: status.update(f"{read:,} documents, {made:,} sequences"),
+        )
     print(f"{output}: {len(store):,} sequences of {max_length}, {store.meta.num_tokens:,} tokens")
 
 

@@ -62,7 +62,7 @@ def load_encoder_with_new_head(
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a `transformers` folder or of a model on the hub; UserError if it has no mask token."""
+    """The tokenizer of a `transformers` folder or of a hub model; `UserError` if it has no mask token."""
     from transformers import AutoTokenizer
 
     try:
