@@ -4,6 +4,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 
 import fastdistil
 from fastdistil.ops import implementations
+
+Rows = Sequence[tuple[str, ...]]
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "pydantic", "numpy")
 
@@ -26,7 +29,7 @@ def report() -> str:
     return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections.items())
 
 
-def _versions() -> list[tuple[str, ...]]:
+def _versions() -> Rows:
     rows = [("python", platform.python_version())]
     for package in PACKAGES:
         try:
@@ -47,7 +50,7 @@ def _first_line(program: str, *arguments: str) -> str:
     return output.partition("\n")[0]
 
 
-def _devices() -> list[tuple[str, ...]]:
+def _devices() -> Rows:
     capability = torch.backends.cpu.get_cpu_capability()
     bf16 = "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated, slower than float32"
     rows = [
@@ -77,7 +80,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def _extension() -> list[tuple[str, ...]]:
+def _extension() -> Rows:
     try:
         extension = import_module("fastdistil._C")
     except ImportError as error:
@@ -93,14 +96,14 @@ def _extension() -> list[tuple[str, ...]]:
     return rows
 
 
-def _ops() -> list[tuple[str, ...]]:
+def _ops() -> Rows:
     return [
         (row.op, row.device, row.implementation, f"because {row.reason}" if row.reason else "")
         for row in implementations()
     ]
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> str:
+def _aligned(rows: Rows) -> str:
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
