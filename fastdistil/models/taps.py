@@ -49,7 +49,7 @@ def tap(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Taps:
 def tap_teacher(
     model: Any, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None
 ) -> Taps:
-    """Taps of a teacher in eval mode, without gradients, under autocast to `dtype` if given (`fast_dtype`)."""
+    """Taps of a teacher in eval mode, without gradients, under autocast to `dtype` if given."""
     if model.training:
         raise ValueError("the teacher must be in eval mode: with dropout on it teaches noise")
     with _autocast(input_ids, dtype):
