@@ -1,0 +1,97 @@
+"""Checks of what a user passes in. Each raises a ValueError that names the argument and its value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+REDUCTIONS = ("mean", "sum", "none")
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    choices = tuple(choices)
+    if value in choices:
+        return
+    import difflib
+
+    near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
+
+
+def check_temperature(temperature: object) -> None:
+    if not isinstance(temperature, float | int):
+        raise ValueError(f"temperature must be a float, got {type(temperature).__name__}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+
+
+def check_open_unit(name: str, value: float) -> None:
+    if not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must be inside (0, 1), got {value}")
+
+
+def check_label_smoothing(value: float) -> None:
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {value}")
+
+
+def check_weight(name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} as the student is, got {tensor.device}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> None:
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(tensor.shape)}")
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The mask, true where a row counts, as a bool vector (N,). Accepts bool or integers 0/1."""
+    if mask.dtype is not torch.bool and mask.dtype not in _INTEGERS:
+        raise ValueError(f"{name} must be bool or integer 0/1, got {mask.dtype}")
+    check_shape(name, mask, shape, "one value a row")
+    check_device(name, mask, device)
+    return mask.reshape(-1).bool()
+
+
+def check_labels(
+    labels: Tensor, shape: tuple[int, ...], device: torch.device, vocabulary: int, ignore_index: int
+) -> Tensor:
+    """The labels as int64 (N,), each `ignore_index` or in [0, V).
+
+    On a CPU a wrong value raises here. Elsewhere, and in compiled code, it trips a device assertion, which
+    needs no synchronisation.
+    """
+    if labels.dtype not in _INTEGERS:
+        raise ValueError(f"labels must be integers (int64), got {labels.dtype}")
+    check_shape("labels", labels, shape, "one label a row")
+    check_device("labels", labels, device)
+    labels = labels.reshape(-1).long()
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        torch._assert_async(~wrong.any(), f"labels must be in [0, {vocabulary}) or equal to {ignore_index}")
+    elif bool(wrong.any()):
+        value = int(labels[wrong][0])
+        raise ValueError(
+            f"labels must be in [0, {vocabulary}) or equal to ignore_index {ignore_index}, got {value}"
+        )
+    return labels

@@ -1,0 +1,441 @@
+"""Vocabulary distillation from hidden states: the logits of both models exist one chunk of rows at a time.
+
+A chunk's logits, its loss and its gradient are made one after the other in the same two tiles, so that they
+are still in cache when the next step reads them. The four matrix products are torch's; what is between them
+is `kd_loss_fwd_`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdistil.ops import checks
+from fastdistil.ops.matmul import add_mm, mm, precision
+from fastdistil.ops.registry import define
+from fastdistil.ops.scale_grad import refuse_double_backward, upstream_times
+from fastdistil.ops.terms import (
+    DIVERGENCES,
+    accumulation_dtype,
+    as_rows,
+    check_settings,
+    combine_rows,
+    prepare_terms,
+    saved_grad_dtype,
+)
+
+SCHEMA = """linear_kd_loss_fwd(
+    Tensor student_hidden, Tensor student_weight, Tensor teacher_hidden, Tensor teacher_weight,
+    Tensor? student_bias, Tensor? teacher_bias, Tensor? labels, Tensor? kd_mask,
+    Tensor kd_scale, Tensor ce_scale, float temperature, int divergence, float jsd_beta, int ignore_index,
+    float label_smoothing, int chunk_size, bool reduce, bool grad_hidden, bool grad_weight, bool grad_bias
+) -> (Tensor loss, Tensor kd, Tensor ce, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"""
+
+# What the two tiles of logits may take together. On a CPU a chunk must be long enough for the matrix products
+# to run at their full rate and for the read and write of the whole weight gradient, once a chunk, not to be
+# felt.
+TILE_BYTES_CPU = 64 << 20
+# On a GPU the weight gradient's accumulation is the larger cost: it moves 8 V D bytes a chunk.
+TILE_BYTES_GPU = 256 << 20
+# Below this a matrix product reads the vocabulary matrix for too little work, however wide the vocabulary.
+_LEAST_ROWS = 64
+# Rows of a tile start on such a boundary, so that kernels read it with aligned vectors whatever V is.
+_PITCH_ELEMENTS = 16
+
+
+def _rows_per_chunk(chunk_size: int, rows: int, row_bytes: int, device: torch.device) -> int:
+    """`chunk_size` if it is given, else what the tiles' budget holds, cut so that the chunks have about equal
+    lengths."""
+    if chunk_size > 0:
+        return min(chunk_size, rows)
+    most = max(_LEAST_ROWS, (TILE_BYTES_CPU if device.type == "cpu" else TILE_BYTES_GPU) // row_bytes)
+    even = math.ceil(rows / math.ceil(rows / most))
+    return min(rows, _round_up(even, _PITCH_ELEMENTS))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def linear_kd_loss_impl(
+    student_hidden: Tensor,  # (N, Ds)
+    student_weight: Tensor,  # (V, Ds)
+    teacher_hidden: Tensor,  # (N, Dt)
+    teacher_weight: Tensor,  # (V, Dt)
+    student_bias: Tensor | None,  # (V,)
+    teacher_bias: Tensor | None,  # (V,)
+    labels: Tensor | None,  # (N,)
+    kd_mask: Tensor | None,  # (N,)
+    kd_scale: Tensor,  # () or (N,)
+    ce_scale: Tensor,  # () or (N,)
+    temperature: float,
+    divergence: int,
+    jsd_beta: float,
+    ignore_index: int,
+    label_smoothing: float,
+    chunk_size: int,
+    reduce: bool,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = _active_rows(labels, kd_mask, ignore_index)
+    dtype = accumulation_dtype(student_hidden.dtype)
+
+    def gather(tensor: Tensor) -> Tensor:
+        return tensor if rows is None or tensor.dim() == 0 else tensor.index_select(0, rows)
+
+    # Autocast acts above this op (see the public function): the dtypes below are chosen, not to be chosen
+    # again.
+    with torch.autocast(student_hidden.device.type, enabled=False):
+        kd, ce, hidden_grad, weight_sum, bias_sum = _chunks(
+            gather(student_hidden),
+            student_weight,
+            gather(teacher_hidden),
+            teacher_weight,
+            # Added by the kernel in its accumulation dtype.
+            None if student_bias is None else student_bias.to(dtype),
+            None if teacher_bias is None else teacher_bias.to(dtype),
+            None if labels is None else gather(labels),
+            None if kd_mask is None else gather(kd_mask),
+            gather(kd_scale),
+            gather(ce_scale),
+            (temperature, divergence, jsd_beta, ignore_index, label_smoothing),
+            chunk_size,
+            (grad_hidden, grad_weight, grad_bias),
+        )
+    if rows is not None:
+        total = student_hidden.shape[0]
+        kd, ce = (x.new_zeros(total).index_copy_(0, rows, x) for x in (kd, ce))
+        if grad_hidden:
+            hidden_grad = hidden_grad.new_zeros(student_hidden.shape).index_copy_(0, rows, hidden_grad)
+    weight_grad = weight_sum.to(saved_grad_dtype(student_weight.dtype))
+    bias_grad = bias_sum.to(
+        saved_grad_dtype(student_weight.dtype if student_bias is None else student_bias.dtype)
+    )
+    return combine_rows(kd, ce, kd_scale, ce_scale, reduce), kd, ce, hidden_grad, weight_grad, bias_grad
+
+
+def _active_rows(labels: Tensor | None, kd_mask: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The indices of the rows that a term uses, or None if that is all of them."""
+    if kd_mask is None:
+        return None
+    active = kd_mask if labels is None else kd_mask | (labels != ignore_index)
+    rows = active.nonzero().squeeze(1)
+    return None if rows.numel() == active.numel() else rows
+
+
+def _chunks(
+    student_hidden: Tensor,  # (N, Ds) of active rows, as all rows below
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    kd_mask: Tensor | None,
+    kd_scale: Tensor,
+    ce_scale: Tensor,
+    settings: tuple[float, int, float, int, float],
+    chunk_size: int,
+    wanted: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, vocabulary = student_hidden.shape[0], student_weight.shape[0]
+    dtype = accumulation_dtype(student_hidden.dtype)
+    kd, ce = student_hidden.new_empty(rows, dtype=dtype), student_hidden.new_empty(rows, dtype=dtype)
+    grad_hidden, _, _ = _empty_grads(student_hidden, student_weight, student_bias, wanted)
+    want_hidden, want_weight, want_bias = wanted
+    weight_sum = student_weight.new_empty(student_weight.shape if want_weight else (0,), dtype=dtype)
+    bias_sum = student_weight.new_zeros(vocabulary if want_bias else 0, dtype=dtype)
+    if rows == 0:
+        return kd, ce, grad_hidden, weight_sum.zero_(), bias_sum
+
+    student, teacher = precision(student_hidden), precision(teacher_hidden)
+    student_weight, teacher_weight = student_weight.to(student.product), teacher_weight.to(teacher.product)
+    gain = None
+    if student.product == torch.float16:
+        # The gradient of the logits must pass through float16, where a mean over many rows would underflow.
+        gain = _gain(kd_scale, ce_scale)
+        kd_scale, ce_scale = kd_scale * gain, ce_scale * gain
+
+    pitch = _round_up(vocabulary, _PITCH_ELEMENTS)
+    row_bytes = pitch * (student.logits.itemsize + teacher.logits.itemsize)
+    step = _rows_per_chunk(chunk_size, rows, row_bytes, student_hidden.device)
+    student_buffer = student_hidden.new_empty(step, pitch, dtype=student.logits)
+    teacher_buffer = student_hidden.new_empty(step, pitch, dtype=teacher.logits)
+    for start in range(0, rows, step):
+        chunk = slice(start, start + step)
+        hidden = student_hidden[chunk].to(student.product)
+        tile = student_buffer[: len(hidden), :vocabulary]
+        teacher_tile = teacher_buffer[: len(hidden), :vocabulary]
+        mm(hidden, student_weight.t(), tile)
+        mm(teacher_hidden[chunk].to(teacher.product), teacher_weight.t(), teacher_tile)
+        kd[chunk], ce[chunk] = torch.ops.fastdistil.kd_loss_fwd_(
+            tile,
+            teacher_tile,
+            student_bias,
+            teacher_bias,
+            None if labels is None else labels[chunk],
+            None if kd_mask is None else kd_mask[chunk],
+            kd_scale if kd_scale.dim() == 0 else kd_scale[chunk],
+            ce_scale if ce_scale.dim() == 0 else ce_scale[chunk],
+            *settings,
+            any(wanted),
+        )
+        if want_bias:
+            bias_sum += tile.sum(0, dtype=dtype)
+        if student.product != student.logits and (want_hidden or want_weight):
+            # The teacher's logits are spent: their tile takes the gradient in the precision of the products.
+            low = teacher_buffer.view(student.product)[: len(hidden), :vocabulary]
+            tile = low.copy_(tile)
+        if want_hidden:
+            mm(tile, student_weight, grad_hidden[chunk])
+        if want_weight:
+            add_mm(weight_sum, tile.t(), hidden, first=start == 0)
+    if gain is not None:
+        for grad in (grad_hidden, weight_sum, bias_sum):
+            grad.div_(gain)
+    return kd, ce, grad_hidden, weight_sum, bias_sum
+
+
+def _gain(kd_scale: Tensor, ce_scale: Tensor) -> Tensor:
+    """1 / the largest scale, or 1 if all are 0."""
+    largest = torch.maximum(kd_scale.abs().max(), ce_scale.abs().max())
+    return torch.where(largest > 0, 1 / largest, 1.0)
+
+
+# --- registration and autograd ------------------------------------------------------------------------------
+
+
+def _empty_grads(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the student's hidden states, weight and bias; those that are not wanted are empty."""
+    bias = weight[:, 0] if bias is None else bias
+
+    def empty(like: Tensor, want: bool) -> Tensor:
+        return like.new_empty(like.shape if want else (0,), dtype=saved_grad_dtype(like.dtype))
+
+    return empty(hidden, wanted[0]), empty(weight, wanted[1]), empty(bias, wanted[2])
+
+
+def _fake(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    labels: Tensor | None,
+    kd_mask: Tensor | None,
+    kd_scale: Tensor,
+    ce_scale: Tensor,
+    temperature: float,
+    divergence: int,
+    jsd_beta: float,
+    ignore_index: int,
+    label_smoothing: float,
+    chunk_size: int,
+    reduce: bool,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows = student_hidden.new_empty(student_hidden.shape[0], dtype=accumulation_dtype(student_hidden.dtype))
+    loss = rows.new_empty(()) if reduce else torch.empty_like(rows)
+    grads = _empty_grads(student_hidden, student_weight, student_bias, (grad_hidden, grad_weight, grad_bias))
+    return loss, rows, torch.empty_like(rows), *grads
+
+
+define(SCHEMA, eager=linear_kd_loss_impl, fake=_fake)
+
+_TENSORS = 10
+_INPUTS = 20
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    loss, *others = output
+    reduce, wanted = inputs[16], inputs[17:20]
+    ctx.reduce = reduce
+    # Row by row, the upstream gradient is part of the sum over rows in the weight's gradient: only a second
+    # pass knows it, so the inputs are kept and not the gradients.
+    ctx.save_for_backward(*(others[2:] if reduce else inputs[:_TENSORS]))
+    ctx.settings = inputs[_TENSORS:16]
+    ctx.dtypes = tuple(None if x is None else x.dtype for x in (inputs[0], inputs[1], inputs[4]))
+    ctx.wanted = wanted
+    ctx.mark_non_differentiable(*others, *(() if any(wanted) or not reduce else (loss,)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    refuse_double_backward("linear_kd_loss")
+    result: list[Tensor | None] = [None] * _INPUTS
+    if upstream is None:
+        return tuple(result)
+    positions = (0, 1, 4)
+    if ctx.reduce:
+        for position, grad, want, dtype in zip(
+            positions, ctx.saved_tensors, ctx.wanted, ctx.dtypes, strict=True
+        ):
+            result[position] = upstream_times(grad, upstream, dtype) if want else None
+        return tuple(result)
+    *tensors, kd_scale, ce_scale = ctx.saved_tensors
+    wanted = [ctx.needs_input_grad[position] for position in positions]
+    _, _, _, *grads = torch.ops.fastdistil.linear_kd_loss_fwd(
+        *tensors, kd_scale * upstream, ce_scale * upstream, *ctx.settings, True, *wanted
+    )
+    for position, grad, want, dtype in zip(positions, grads, wanted, ctx.dtypes, strict=True):
+        result[position] = grad.to(dtype) if want else None
+    return tuple(result)
+
+
+torch.library.register_autograd("fastdistil::linear_kd_loss_fwd", _backward, setup_context=_setup_context)
+
+
+# --- public function ----------------------------------------------------------------------------------------
+
+
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    temperature: float = 2.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`kd_loss` of the logits of two vocabulary heads, from the hidden states before them. ::
+
+        student = student_hidden @ student_weight.T + student_bias
+        teacher = teacher_hidden @ teacher_weight.T + teacher_bias
+        kd_loss(student, teacher, labels, ...)
+
+    without allocating `(N, V)` logits or their gradient, without a product for a row that no term uses, and
+    without rounding the logits of low-precision hidden states before the loss (on a CPU with bfloat16 units
+    they are rounded to bfloat16, as torch's own product does). Divergences, the factor T² (always applied)
+    and their sources: `kd_loss`.
+
+    Args:
+        student_hidden: `(..., Ds)`; float32, bfloat16, float16 or float64.
+        student_weight: `(V, Ds)`, usually the tied embedding. The products run in the dtype of the hidden
+            states (under autocast: in autocast's), to which weights are converted; gradients come in the
+            dtype of each input.
+        teacher_hidden, teacher_weight: `(..., Dt)` and `(V, Dt)`; they never get a gradient.
+        student_bias, teacher_bias: `(V,)`.
+        chunk_size: rows of logits that exist at a time. Default: as many as fit a cache-sized budget.
+        labels, temperature, kd_weight, ce_weight, divergence, jsd_beta, kd_mask, ignore_index,
+        label_smoothing,
+            reduction, return_terms: as in `kd_loss`; labels and mask have the shape of the hidden states
+            without the last dimension.
+
+    Returns:
+        The loss in float32 (float64 for float64 students).
+
+    Memory: two tiles of `chunk_size x V`, and the gradients of the student's hidden states, weight and bias
+    that are asked for, which are computed here and kept for backward (the weight's is summed in float32).
+    With `reduction="none"` the inputs are kept instead and backward computes the logits again.
+
+    Raises:
+        ValueError: as `kd_loss`, and hidden sizes that do not fit their weights, weights with different V, a
+            chunk_size that is not > 0.
+        RuntimeError: backward with `create_graph=True`.
+    """
+    check_settings(temperature, divergence, jsd_beta, label_smoothing, reduction)
+    _check_head("student", student_hidden, student_weight, student_bias)
+    _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
+    vocabulary, device = student_weight.shape[0], student_hidden.device
+    if teacher_weight.shape[0] != vocabulary:
+        raise ValueError(
+            f"student and teacher must share one vocabulary: student_weight has V={vocabulary}, "
+            f"teacher_weight has V={teacher_weight.shape[0]}"
+        )
+    shape = student_hidden.shape[:-1]
+    if teacher_hidden.shape[:-1] != shape:
+        raise ValueError(
+            f"teacher_hidden must have as many rows as student_hidden {tuple(shape)}, "
+            f"got {tuple(teacher_hidden.shape[:-1])}"
+        )
+    checks.check_device("teacher_hidden", teacher_hidden, device)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be > 0, got {chunk_size}")
+
+    student_hidden, teacher_hidden = _autocast(student_hidden), _autocast(teacher_hidden)
+    terms = prepare_terms(
+        labels,
+        kd_mask,
+        shape,
+        device,
+        accumulation_dtype(student_hidden.dtype),
+        vocabulary,
+        kd_weight=kd_weight,
+        ce_weight=ce_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        return_terms=return_terms,
+    )
+    reduce = reduction != "none"
+    compute_grads = torch.is_grad_enabled() and reduce
+    loss, kd, ce, _, _, _ = torch.ops.fastdistil.linear_kd_loss_fwd(
+        as_rows(student_hidden),
+        student_weight,
+        as_rows(teacher_hidden.detach()),
+        teacher_weight.detach(),
+        student_bias,
+        None if teacher_bias is None else teacher_bias.detach(),
+        terms.labels,
+        terms.kd_mask,
+        terms.kd_scale,
+        terms.ce_scale,
+        temperature,
+        DIVERGENCES[divergence],
+        jsd_beta,
+        ignore_index,
+        label_smoothing,
+        chunk_size or 0,
+        reduce,
+        compute_grads and student_hidden.requires_grad,
+        compute_grads and student_weight.requires_grad,
+        compute_grads and student_bias is not None and student_bias.requires_grad,
+    )
+    return terms.outputs(reduction, shape, loss, kd, ce, return_terms)
+
+
+def _autocast(hidden: Tensor) -> Tensor:
+    """The hidden states as a linear layer would take them under autocast."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(kind))
+
+
+def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Hidden states (..., D), weight (V, D) and bias (V,) of one model belong together."""
+    checks.check_floating(f"{model}_hidden", hidden)
+    checks.check_floating(f"{model}_weight", weight)
+    if hidden.dim() == 0:
+        raise ValueError(f"{model}_hidden must have shape (..., D), got a 0-dim tensor")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{model}_weight must have shape (V, {hidden.shape[-1]}) to fit {model}_hidden, "
+            f"got {tuple(weight.shape)}"
+        )
+    checks.check_device(f"{model}_weight", weight, hidden.device)
+    if bias is not None:
+        checks.check_floating(f"{model}_bias", bias)
+        checks.check_shape(f"{model}_bias", bias, weight.shape[:1], f"one value a row of {model}_weight")
+        checks.check_device(f"{model}_bias", bias, hidden.device)

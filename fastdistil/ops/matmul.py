@@ -1,0 +1,58 @@
+"""Matrix products in a low precision whose results are not rounded to it, on the devices that can."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Precision(NamedTuple):
+    """In what the matrix products of one model run, and what their logits are stored in."""
+
+    product: torch.dtype
+    logits: torch.dtype
+
+
+def precision(hidden: Tensor) -> Precision:
+    """The products run in the hidden states' dtype where the device is fast at it, and their logits are not
+    rounded.
+
+    A CPU without bfloat16 units emulates the product many times slower than float32, and one with them has no
+    product that returns float32.
+    """
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        return Precision(hidden.dtype, hidden.dtype)
+    if hidden.device.type == "cuda":
+        return Precision(hidden.dtype, torch.float32)
+    if (
+        hidden.device.type == "cpu"
+        and hidden.dtype is torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    ):
+        return Precision(torch.bfloat16, torch.bfloat16)
+    return Precision(torch.float32, torch.float32)
+
+
+def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b, rounded once, to out's dtype, where the device can."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.device.type == "cuda" and out.dtype == torch.float32:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def add_mm(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """out += a @ b; the first time out = a @ b, which spares filling it with zeros."""
+    beta = 0 if first else 1
+    if out.dtype == a.dtype:
+        torch.addmm(out, a, b, beta=beta, out=out)
+    elif out.device.type == "cuda":
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
+    elif first:
+        out.copy_(torch.mm(a, b))
+    else:
+        out.add_(torch.mm(a, b))

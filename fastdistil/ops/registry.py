@@ -1,0 +1,110 @@
+"""The operator library `fastdistil::*` and how implementations plug into it.
+
+PyTorch's dispatcher chooses the implementation. The eager reference of an op is the fallback for every device
+(CompositeExplicitAutograd), the C++ extension registers the CPU key when `fastdistil._C` is imported, and a
+Triton kernel is registered under CUDA. Triton is imported by the first CUDA call and not before: it is slow
+to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+NAMESPACE = "fastdistil"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+HAS_TRITON = find_spec("triton") is not None
+
+_defined: list[str] = []
+_extension_error: str | None = None
+
+
+class Implementation(NamedTuple):
+    """Which code serves an op on a device of this machine, and why not a faster one ("" if it is the
+    fastest)."""
+
+    op: str
+    device: str
+    implementation: str
+    reason: str
+
+
+def define(
+    schema: str,
+    *,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    kernel: str | None = None,
+) -> None:
+    """Define an op with its eager reference and its fake (shapes only) implementation.
+
+    `kernel` names the module of `fastdistil.kernels` that has a Triton launcher with the name and signature
+    of the op.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if kernel is not None and HAS_TRITON:
+        LIBRARY.impl(name, _lazy_launcher(name, kernel), "CUDA")
+    _defined.append(name)
+
+
+def _lazy_launcher(name: str, kernel: str) -> Callable[..., Any]:
+    def launch(*args: Any) -> Any:
+        module = importlib.import_module(f"fastdistil.kernels.{kernel}")
+        return getattr(module, name)(*args)
+
+    return launch
+
+
+def load_extension() -> None:
+    """Import the C++ extension, whose static initialisers register the CPU kernels, if it was built."""
+    global _extension_error
+    try:
+        importlib.import_module("fastdistil._C")
+    except ImportError as error:
+        _extension_error = str(error)
+
+
+def implementations() -> list[Implementation]:
+    """For each op, on the CPU and on a GPU: the implementation that serves it on this machine and why not a
+    faster one."""
+    return [row for name in _defined for row in (_on_cpu(name), _on_cuda(name))]
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def _on_cpu(name: str) -> Implementation:
+    if _is_composed(name):
+        return Implementation(name, "cpu", "PyTorch matrix products around kd_loss_fwd_", "")
+    if _has_kernel(name, "CPU"):
+        extension = importlib.import_module("fastdistil._C")
+        return Implementation(name, "cpu", f"C++ ({extension.cpu_capability()})", "")
+    reason = "the C++ extension has no kernel for this op"
+    if _extension_error is not None:
+        reason = f"the C++ extension is not usable: {_extension_error}"
+    return Implementation(name, "cpu", "eager PyTorch", reason)
+
+
+def _on_cuda(name: str) -> Implementation:
+    if not torch.cuda.is_available():
+        built = torch.backends.cuda.is_built()
+        reason = "no CUDA device is visible" if built else "this torch build has no CUDA"
+        return Implementation(name, "cuda", "none", reason)
+    if _is_composed(name):
+        return Implementation(name, "cuda", "PyTorch matrix products around kd_loss_fwd_", "")
+    if _has_kernel(name, "CUDA"):
+        return Implementation(name, "cuda", "Triton", "")
+    reason = "Triton has no kernel for this op" if HAS_TRITON else "Triton is not installed"
+    return Implementation(name, "cuda", "eager PyTorch", reason)
+
+
+def _is_composed(name: str) -> bool:
+    return name.startswith("linear_")

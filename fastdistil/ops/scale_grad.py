@@ -1,0 +1,58 @@
+"""Multiply a saved gradient by the upstream gradient, in place, and not at all where that is 1.
+
+The losses compute their gradient in the forward pass. `loss.backward()` then has only the upstream gradient
+to apply,
+which is 1 unless the loss is scaled: reading and writing the whole gradient for that would cost as much as
+the loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdistil.ops.registry import define
+
+SCHEMA = "scale_grad_(Tensor(a!) grad, Tensor scale) -> ()"
+
+
+def scale_grad_ref_(
+    grad: Tensor,  # (N, D)
+    scale: Tensor,  # () or (N,)
+) -> None:
+    # Reading the scale back costs nothing on a CPU and a synchronisation anywhere else.
+    if grad.device.type == "cpu" and bool((scale == 1).all()):
+        return
+    grad.mul_(scale if scale.dim() == 0 else scale.unsqueeze(-1))
+
+
+def _fake(grad: Tensor, scale: Tensor) -> None:
+    return None
+
+
+define(SCHEMA, eager=scale_grad_ref_, fake=_fake, kernel="scale_grad")
+
+
+def upstream_times(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """`upstream * grad` in `dtype`, for the backward of the losses: the only reader of a gradient saved in
+    the forward.
+
+    The saved buffer itself is scaled and handed on when the graph is freed after this backward. With
+    `retain_graph=True` it is left as it is, so that the next backward finds it unscaled.
+    """
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        # The upstream gradient is rounded to a low precision only with the product.
+        factor = upstream if upstream.dim() == 0 else upstream.unsqueeze(-1)
+        return (grad * factor).to(dtype)
+    torch.ops.fastdistil.scale_grad_(grad if grad.dim() == 2 else grad.unsqueeze(0), upstream)
+    return grad.to(dtype)
+
+
+def refuse_double_backward(op: str) -> None:
+    """Raise if the backward itself is being recorded: the gradient was computed in the forward and has no
+    graph."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{op} cannot be differentiated twice: its gradient is computed in the forward pass, "
+            "so backward with create_graph=True is not supported"
+        )
