@@ -26,65 +26,86 @@ class Section(BaseModel):
 class StudentConfig(Section):
     """The model that is trained. Sizes left at None are the teacher's."""
 
-    num_layers: int | None = Field(None, ge=1, description="transformer layers; None: half of the teacher's")
+    num_layers: int | None = Field(
+        default=None, ge=1, description="transformer layers; None: half of the teacher's"
+    )
     teacher_layers: list[int] | None = Field(
-        None, description="0-based teacher layers that the student's layers start from; None: evenly spaced"
+        default=None,
+        description="0-based teacher layers that the student's layers start from; None: evenly spaced",
     )
-    hidden_size: int | None = Field(None, ge=1, description="width of the hidden states")
-    num_attention_heads: int | None = Field(None, ge=1, description="attention heads a layer")
-    intermediate_size: int | None = Field(None, ge=1, description="width of the feed-forward layer")
+    hidden_size: int | None = Field(default=None, ge=1, description="width of the hidden states")
+    num_attention_heads: int | None = Field(default=None, ge=1, description="attention heads a layer")
+    intermediate_size: int | None = Field(default=None, ge=1, description="width of the feed-forward layer")
     from_model: str | None = Field(
-        None, description="folder or hub id of the model to train or adapt (recipe mlm); no sizes then"
+        default=None,
+        description="folder or hub id of the model to train or adapt (recipe mlm); no sizes then",
     )
-    init: Literal["teacher", "random"] = Field("teacher", description="where the first weights come from")
+    init: Literal["teacher", "random"] = Field(
+        default="teacher", description="where the first weights come from"
+    )
     dropout: float | None = Field(
-        None, ge=0, lt=1, description="probability, hidden and attention; None: as in the teacher's config"
+        default=None,
+        ge=0,
+        lt=1,
+        description="probability, hidden and attention; None: as in the teacher's config",
     )
 
 
 class NewTeacherConfig(Section):
     """A BERT teacher that the run trains itself, as a masked language model, before it distils."""
 
-    num_layers: int = Field(6, ge=1, description="transformer layers")
-    hidden_size: int = Field(256, ge=1, description="width of the hidden states")
-    num_attention_heads: int = Field(4, ge=1, description="attention heads a layer")
-    intermediate_size: int = Field(1024, ge=1, description="width of the feed-forward layer")
-    dropout: float = Field(0.1, ge=0, lt=1, description="probability, hidden and attention")
+    num_layers: int = Field(default=6, ge=1, description="transformer layers")
+    hidden_size: int = Field(default=256, ge=1, description="width of the hidden states")
+    num_attention_heads: int = Field(default=4, ge=1, description="attention heads a layer")
+    intermediate_size: int = Field(default=1024, ge=1, description="width of the feed-forward layer")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="probability, hidden and attention")
     steps: int = Field(description="optimiser steps", ge=1)
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    lr: float = Field(default=5e-4, gt=0, description="peak learning rate")
 
 
 class DataConfig(Section):
     corpus: str | None = Field(
-        None,
+        default=None,
         description="text file, folder, glob, parquet, jsonl, a `datasets` name, a prepared token store, "
         "or 'machine' (the English documentation that Python's installation holds)",
     )
-    text_column: str = Field("text", description="column of parquet, jsonl and `datasets` rows")
-    split: str = Field("train", description="split of a `datasets` name")
-    streaming: bool = Field(False, description="read a `datasets` name as a stream instead of downloading it")
-    validation: str | None = Field(None, description="held-out corpus; None: a share of `corpus`")
-    validation_fraction: float = Field(0.01, gt=0, lt=1, description="share of the documents held out")
-    max_length: int = Field(128, ge=8, description="tokens a sequence, with [CLS] and [SEP]")
-    max_sequences: int | None = Field(None, ge=1, description="stop reading the corpus here; None: read all")
-    tokenizer: str | None = Field(None, description="folder or hub id; None: the teacher's")
-    vocab_size: int | None = Field(
-        None, ge=64, description="train a WordPiece vocabulary of this many entries on the corpus instead"
+    text_column: str = Field(default="text", description="column of parquet, jsonl and `datasets` rows")
+    split: str = Field(default="train", description="split of a `datasets` name")
+    streaming: bool = Field(
+        default=False, description="read a `datasets` name as a stream instead of downloading it"
     )
-    cache_dir: Path | None = Field(None, description="where token stores are kept; None: ~/.cache/fastdistil")
+    validation: str | None = Field(default=None, description="held-out corpus; None: a share of `corpus`")
+    validation_fraction: float = Field(
+        default=0.01, gt=0, lt=1, description="share of the documents held out"
+    )
+    max_length: int = Field(default=128, ge=8, description="tokens a sequence, with [CLS] and [SEP]")
+    max_sequences: int | None = Field(
+        default=None, ge=1, description="stop reading the corpus here; None: read all"
+    )
+    tokenizer: str | None = Field(default=None, description="folder or hub id; None: the teacher's")
+    vocab_size: int | None = Field(
+        default=None,
+        ge=64,
+        description="train a WordPiece vocabulary of this many entries on the corpus instead",
+    )
+    cache_dir: Path | None = Field(
+        default=None, description="where token stores are kept; None: ~/.cache/fastdistil"
+    )
 
 
 class MaskingConfig(Section):
     """Devlin et al. 2019, section 3.1; smoothing from the DistilBERT code."""
 
-    probability: float = Field(0.15, gt=0, lt=1, description="share of a sequence's tokens to predict")
-    mask: float = Field(0.8, ge=0, le=1, description="share of those shown as [MASK]")
-    random: float = Field(0.1, ge=0, le=1, description="share shown as a random token")
-    keep: float = Field(0.1, ge=0, le=1, description="share left as they are")
-    smoothing: float | None = Field(
-        None, ge=0, description="tokens are picked with weight count^-smoothing; None: all alike"
+    probability: float = Field(
+        default=0.15, gt=0, lt=1, description="share of a sequence's tokens to predict"
     )
-    whole_word: bool = Field(False, description="pick all pieces of a word together")
+    mask: float = Field(default=0.8, ge=0, le=1, description="share of those shown as [MASK]")
+    random: float = Field(default=0.1, ge=0, le=1, description="share shown as a random token")
+    keep: float = Field(default=0.1, ge=0, le=1, description="share left as they are")
+    smoothing: float | None = Field(
+        default=None, ge=0, description="tokens are picked with weight count^-smoothing; None: all alike"
+    )
+    whole_word: bool = Field(default=False, description="pick all pieces of a word together")
 
     @model_validator(mode="after")
     def _shares(self) -> "MaskingConfig":
@@ -97,22 +118,29 @@ class VocabularyConfig(Section):
     """`kd_weight * T^2 * D(teacher || student) + ce_weight * CE(student, masked tokens)`."""
 
     name: Literal["vocabulary"] = "vocabulary"
-    kd_weight: float = Field(1.0, ge=0, description="weight of the distillation term; 0: no teacher")
-    ce_weight: float = Field(0.0, ge=0, description="weight of the masked-language-model term")
-    temperature: float = Field(2.0, gt=0, description="T, of both distributions of the distillation term")
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    jsd_beta: float = Field(0.5, gt=0, lt=1, description="share of the teacher in the mixture of 'jsd'")
-    positions: Literal["masked", "all"] = Field(
-        "masked", description="where the distillation term acts: the masked tokens, or all but padding"
+    kd_weight: float = Field(default=1.0, ge=0, description="weight of the distillation term; 0: no teacher")
+    ce_weight: float = Field(default=0.0, ge=0, description="weight of the masked-language-model term")
+    temperature: float = Field(
+        default=2.0, gt=0, description="T, of both distributions of the distillation term"
     )
-    chunk_size: int | None = Field(None, ge=1, description="rows of logits at once; None: by cache size")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: float = Field(
+        default=0.5, gt=0, lt=1, description="share of the teacher in the mixture of 'jsd'"
+    )
+    positions: Literal["masked", "all"] = Field(
+        default="masked",
+        description="where the distillation term acts: the masked tokens, or all but padding",
+    )
+    chunk_size: int | None = Field(
+        default=None, ge=1, description="rows of logits at once; None: by cache size"
+    )
 
 
 class CosineConfig(Section):
     """`weight * (1 - cos(student, teacher))` of the last hidden states, over all tokens but padding."""
 
     name: Literal["cosine"] = "cosine"
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0)
 
 
 ObjectiveConfig = Annotated[VocabularyConfig | CosineConfig, Field(discriminator="name")]
@@ -121,36 +149,46 @@ ObjectiveConfig = Annotated[VocabularyConfig | CosineConfig, Field(discriminator
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019)."""
 
-    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    lr: float = Field(default=5e-4, gt=0, description="peak learning rate")
     betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = Field(1e-6, gt=0)
-    weight_decay: float = Field(0.0, ge=0, description="not applied to biases and norms")
-    max_grad_norm: float = Field(5.0, gt=0, description="gradients are clipped to this L2 norm")
+    eps: float = Field(default=1e-6, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0, description="not applied to biases and norms")
+    max_grad_norm: float = Field(default=5.0, gt=0, description="gradients are clipped to this L2 norm")
 
 
 class ScheduleConfig(Section):
-    name: Literal["linear", "cosine", "constant"] = Field("linear", description="shape after the warm-up")
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps with a linear rise from 0")
+    name: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="shape after the warm-up"
+    )
+    warmup: float = Field(
+        default=0.05, ge=0, le=1, description="share of the steps with a linear rise from 0"
+    )
 
 
 class LoopConfig(Section):
-    steps: int | None = Field(None, ge=1, description="optimiser steps; this or `epochs`")
-    epochs: float | None = Field(None, gt=0, description="passes over the training sequences")
+    steps: int | None = Field(default=None, ge=1, description="optimiser steps; this or `epochs`")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the training sequences")
     batch_size: int = Field(
-        32, ge=1, description="sequences an optimiser step, over all processes and micro-batches"
+        default=32, ge=1, description="sequences an optimiser step, over all processes and micro-batches"
     )
-    micro_batch_size: int = Field(32, ge=1, description="sequences a forward pass of one process")
-    eval_every: int = Field(200, ge=1, description="optimiser steps between held-out evaluations")
-    eval_sequences: int = Field(512, ge=1, description="held-out sequences of an evaluation while training")
-    checkpoint_every: int = Field(500, ge=1, description="optimiser steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    log_every: int = Field(10, ge=1, description="optimiser steps between log lines")
+    micro_batch_size: int = Field(default=32, ge=1, description="sequences a forward pass of one process")
+    eval_every: int = Field(default=200, ge=1, description="optimiser steps between held-out evaluations")
+    eval_sequences: int = Field(
+        default=512, ge=1, description="held-out sequences of an evaluation while training"
+    )
+    checkpoint_every: int = Field(default=500, ge=1, description="optimiser steps between checkpoints")
+    keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
+    log_every: int = Field(default=10, ge=1, description="optimiser steps between log lines")
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="bf16: autocast; auto: bf16 where the device has the instructions"
+        default="auto", description="bf16: autocast; auto: bf16 where the device has the instructions"
     )
     head_warmup_steps: int = Field(
-        0, ge=0, description="optimiser steps that train the new prediction head alone, before the rest"
+        default=0,
+        ge=0,
+        description="optimiser steps that train the new prediction head alone, before the rest",
     )
+
+    head_warmup_lr: float = Field(default=1e-3, gt=0, description="peak learning rate of these steps")
 
     @model_validator(mode="after")
     def _length_and_sizes(self) -> "LoopConfig":
@@ -166,12 +204,14 @@ class LoopConfig(Section):
 class RunConfig(Section):
     recipe: str = Field(description="name of the recipe this run started from")
     description: str = ""
-    paper: str | None = Field(None, description="what the recipe reproduces")
-    checked_against: str | None = Field(None, description="the code its numbers were read from")
-    output: Path = Field(Path("runs/fastdistil"), description="folder for everything the run writes")
-    seed: int = Field(0, ge=0, description="of the weights, the data order, the masks and the dropout")
-    teacher: str | None = Field(None, description="folder or hub id of a model with a masked-LM head")
-    new_teacher: NewTeacherConfig | None = Field(None, description="train the teacher first")
+    paper: str | None = Field(default=None, description="what the recipe reproduces")
+    checked_against: str | None = Field(default=None, description="the code its numbers were read from")
+    output: Path = Field(default=Path("runs/fastdistil"), description="folder for everything the run writes")
+    seed: int = Field(
+        default=0, ge=0, description="of the weights, the data order, the masks and the dropout"
+    )
+    teacher: str | None = Field(default=None, description="folder or hub id of a model with a masked-LM head")
+    new_teacher: NewTeacherConfig | None = Field(default=None, description="train the teacher first")
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
     masking: MaskingConfig = MaskingConfig()
@@ -180,7 +220,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     run: LoopConfig
     baseline: bool = Field(
-        False,
+        default=False,
         description="also train the same student, from the same weights on the same data, without teacher",
     )
 

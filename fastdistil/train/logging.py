@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -60,6 +60,10 @@ class RunLog:
     def say(self, text: str) -> None:
         if self._main:
             self._console.print(text, markup=False, soft_wrap=True)
+
+    def print(self, what: RenderableType) -> None:
+        if self._main:
+            self._console.print(what)
 
     def begin_phase(self, phase: str, step: int, steps: int) -> None:
         """Start the bar of a phase at `step` of `steps`, and forget records that a kill left beyond it."""

@@ -27,6 +27,7 @@ from fastdistil.models.taps import Taps, tap, tap_teacher
 from fastdistil.objectives import Objective
 from fastdistil.train.checkpoint import (
     Progress,
+    Rng,
     load_checkpoint,
     newest_checkpoint,
     rng_state,
@@ -103,18 +104,25 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
     if progress.step == 0:
         _evaluate(phase, 0, accelerator, log)
 
-    def checkpoint(state: dict[str, Any]) -> None:
+    def checkpoint(rng: Rng, data: dict[str, Any]) -> None:
         log.flush()
-        options = {"fingerprint": phase.fingerprint, "keep": phase.loop.keep_checkpoints}
         save_checkpoint(
-            phase.checkpoints, phase.model, optimizer, progress, **state, accelerator=accelerator, **options
+            phase.checkpoints,
+            phase.model,
+            optimizer,
+            progress,
+            rng=rng,
+            data=data,
+            accelerator=accelerator,
+            fingerprint=phase.fingerprint,
+            keep=phase.loop.keep_checkpoints,
         )
 
     window = _Window(accelerator)
     with _Interrupt() as interrupt:
         for step in range(progress.step, phase.steps):
             # Ctrl-C in the middle of a step drops its gradients: the checkpoint is the state before it.
-            before = {"rng": rng_state(device), "data": phase.batches.state_dict()}
+            before = rng_state(device), phase.batches.state_dict()
             micro_batches = _masked_batches(phase, step, device)
             counts = _global_counts(phase.objectives, micro_batches, accelerator)
             for i, batch in enumerate(micro_batches):
@@ -130,7 +138,7 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
                     accelerator.backward(loss * world)
                 window.add(loss, terms, batch)
                 if interrupt.requested and world == 1 and not last:
-                    checkpoint(before)
+                    checkpoint(*before)
                     raise KeyboardInterrupt
             norm = accelerator.clip_grad_norm_(trained, phase.optimizer.max_grad_norm)
             lr = phase.optimizer.lr * lr_factor(step, phase.steps, phase.schedule)
@@ -153,7 +161,7 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
                 if evaluate:
                     _evaluate(phase, progress.step, accelerator, log)
                 if save or stop:
-                    checkpoint({"rng": rng_state(device), "data": phase.batches.state_dict()})
+                    checkpoint(rng_state(device), phase.batches.state_dict())
                 if stop and not done:
                     raise KeyboardInterrupt
     log.end_phase()

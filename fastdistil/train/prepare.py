@@ -1,0 +1,169 @@
+"""From a configuration to what the loop reads: tokenizer, training batches, masks, held-out text."""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from fastdistil.data.batches import BatchSource, Share, StoreBatches
+from fastdistil.data.corpus import Corpus, open_corpus
+from fastdistil.data.masking import Masker
+from fastdistil.data.streaming import StreamBatches, sample_token_counts
+from fastdistil.data.token_store import TokenStore, cached_token_store, open_token_store
+from fastdistil.data.tokenizer import TokenizerFacts
+from fastdistil.errors import UserError
+from fastdistil.models.student import check_same_tokenizer
+from fastdistil.train.config import DataConfig, LoopConfig, RunConfig
+from fastdistil.train.logging import RunLog
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything about the text, shared by all phases of a run."""
+
+    tokenizer: Any
+    facts: TokenizerFacts
+    token_counts: np.ndarray  # (V,) in the training text
+    held_out: TokenStore
+    held_out_rows: np.ndarray  # sequence numbers in `held_out`
+    training: Callable[[Share, int], BatchSource]  # share of the batch, seed
+    num_sequences: int | None  # for training; None: a stream
+
+    def steps(self, loop: LoopConfig) -> int:
+        """Optimiser steps of a phase."""
+        if loop.steps is not None:
+            return loop.steps
+        if self.num_sequences is None:
+            raise UserError("run.epochs: a stream has no known length; give run.steps")
+        assert loop.epochs is not None
+        return math.ceil(loop.epochs * self.num_sequences / loop.batch_size)
+
+    def batches(self, loop: LoopConfig, seed: int, accelerator: Accelerator) -> BatchSource:
+        world = accelerator.num_processes
+        micro = max(1, min(loop.micro_batch_size, loop.batch_size // world))
+        return self.training(Share(loop.batch_size, micro, accelerator.process_index, world), seed)
+
+    def masker(self, config: RunConfig, seed: int, device: torch.device) -> Masker:
+        try:
+            return Masker(
+                self.facts,
+                seed=seed,
+                **config.masking.model_dump(),
+                token_counts=self.token_counts,
+                device=device,
+            )
+        except ValueError as error:
+            raise UserError(f"masking: {error}") from None
+
+
+def prepare_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator, log: RunLog) -> PreparedData:
+    """Tokenise the corpus (or open what was tokenised before) and set held-out text aside.
+
+    Raises `UserError` for a corpus that cannot be read, is empty, or does not fit the tokenizer.
+    """
+    data = config.data
+    assert data.corpus is not None
+    facts = TokenizerFacts.from_tokenizer(tokenizer)
+    with accelerator.main_process_first():
+        if data.streaming:
+            if data.validation is None:
+                raise UserError(
+                    "data.streaming needs data.validation: held-out text cannot be cut off a stream"
+                )
+            corpus = _open(data.corpus, data)
+            counts = sample_token_counts(corpus, tokenizer)
+            held_out = _store(data.validation, data, tokenizer, log, limit=None)
+            rows = np.arange(len(held_out))
+
+            def stream(share: Share, seed: int) -> BatchSource:
+                return StreamBatches(corpus, tokenizer, data.max_length, share, seed)
+
+            return PreparedData(tokenizer, facts, counts, held_out, rows, stream, None)
+
+        store = _store(data.corpus, data, tokenizer, log, limit=data.max_sequences)
+        if data.validation is not None:
+            held_out = _store(data.validation, data, tokenizer, log, limit=None)
+            training_rows, rows = np.arange(len(store)), np.arange(len(held_out))
+        else:
+            held_out = store
+            training_rows, rows = store.split(data.validation_fraction)
+
+    def stored(share: Share, seed: int) -> BatchSource:
+        return StoreBatches(store, training_rows, share, seed)
+
+    log.say(
+        f"data: {store.meta.num_tokens / 1e6:,.2f} M tokens of {data.corpus} in {len(store):,} sequences of "
+        f"{data.max_length}; {len(rows):,} sequences held out"
+    )
+    return PreparedData(tokenizer, facts, store.token_counts, held_out, rows, stored, len(training_rows))
+
+
+def prepare_tokenizer(config: RunConfig, model_tokenizer: Any | None, accelerator: Accelerator) -> Any:
+    """The tokenizer of a run: the model's; else the one that `data` names; else one trained on the corpus."""
+    data = config.data
+    if data.tokenizer is not None:
+        from transformers import AutoTokenizer
+
+        try:
+            named = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"data.tokenizer: {data.tokenizer} cannot be loaded ({reason})") from None
+        if model_tokenizer is not None:
+            check_same_tokenizer(model_tokenizer, named)
+        return named
+    if model_tokenizer is not None:
+        return model_tokenizer
+    if data.vocab_size is None:
+        raise UserError(
+            "give data.tokenizer or data.vocab_size: there is no model to take the tokenizer from"
+        )
+    return _trained_tokenizer(config, data.vocab_size, accelerator)
+
+
+def check_length(model: Any, tokenizer: Any, max_length: int, key: str) -> None:
+    """Raise `UserError` if sequences are longer than the model's positions."""
+    positions = model.config.max_position_embeddings
+    if model.config.model_type == "roberta":  # its positions start behind the padding id
+        positions -= tokenizer.pad_token_id + 1
+    if max_length > positions:
+        raise UserError(f"data.max_length is {max_length}, but {key} has only {positions} positions")
+
+
+def _trained_tokenizer(config: RunConfig, vocab_size: int, accelerator: Accelerator) -> Any:
+    """Trained once a run and kept in the output folder: a resumed run must have the same ids."""
+    from transformers import AutoTokenizer
+
+    from fastdistil.data.tokenizer import train_wordpiece
+
+    folder = config.output / "tokenizer"
+    with accelerator.main_process_first():
+        if not folder.exists():
+            assert config.data.corpus is not None
+            tokenizer = train_wordpiece(_open(config.data.corpus, config.data), vocab_size)
+            partial = folder.with_name(".writing-tokenizer")
+            shutil.rmtree(partial, ignore_errors=True)
+            tokenizer.save_pretrained(str(partial))
+            os.rename(partial, folder)
+    return AutoTokenizer.from_pretrained(str(folder))
+
+
+def _open(spec: str, data: DataConfig) -> Corpus:
+    return open_corpus(spec, text_column=data.text_column, split=data.split, streaming=data.streaming)
+
+
+def _store(spec: str, data: DataConfig, tokenizer: Any, log: RunLog, *, limit: int | None) -> TokenStore:
+    if (Path(spec) / "meta.json").is_file():
+        return open_token_store(spec, tokenizer, max_length=data.max_length)
+    corpus = open_corpus(spec, text_column=data.text_column, split=data.split, streaming=False)
+    log.say(f"reading {spec}")
+    return cached_token_store(
+        corpus, tokenizer, max_length=data.max_length, max_sequences=limit, cache_dir=data.cache_dir
+    )

@@ -1,0 +1,382 @@
+"""A whole run, from a configuration to the report.
+
+    config -> tokenizer, data -> [new teacher] -> student -> [baseline] -> held-out scores -> table, picture
+
+Each trained model is a phase with its own checkpoints. A phase is finished when its model folder stands in
+the output folder, under the phase's name; a resumed run skips it.
+
+    output/
+      config.yaml                the resolved configuration
+      metrics.jsonl, tensorboard/
+      checkpoints/<phase>/checkpoint-<step>/
+      teacher/ head/ model/ student/ baseline/    `transformers` folders, those that the recipe trains
+      results.json, results.md, curves.png
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from transformers.utils.logging import disable_progress_bar
+
+from fastdistil.errors import RunError, UserError
+from fastdistil.evaluate import count_parameters, evaluate_masked_lm, measure_latency
+from fastdistil.models.heads import mlm_head
+from fastdistil.models.load import load_encoder_with_new_head, load_masked_lm
+from fastdistil.models.student import make_student
+from fastdistil.models.taps import fast_dtype
+from fastdistil.objectives import CosineObjective, Objective, VocabularyObjective
+from fastdistil.train.checkpoint import publish, write_durably
+from fastdistil.train.config import (
+    NewTeacherConfig,
+    ObjectiveConfig,
+    RunConfig,
+    ScheduleConfig,
+    VocabularyConfig,
+    first_difference,
+    read_config,
+)
+from fastdistil.train.logging import METRICS, RunLog, read_metrics
+from fastdistil.train.loop import Phase, train
+from fastdistil.train.prepare import check_length, prepare_data, prepare_tokenizer
+from fastdistil.train.report import (
+    ModelResult,
+    console_table,
+    draw_curves,
+    model_card,
+    verdict,
+    write_results,
+)
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where the run wrote, and its table: one row for each of teacher, student, baseline or model."""
+
+    output: Path
+    models: list[ModelResult]
+
+
+def run(config: RunConfig, resume: bool = False) -> RunResult:
+    """Train as `config` says and write everything to `config.output`.
+
+    With `resume`, go on with the run that is there. Under a launcher (torchrun, accelerate launch) every
+    process calls this.
+
+    Raises:
+        UserError: the output folder holds a run and `resume` is off, or holds none, or another one, and it
+            is on; anything wrong with models or text.
+        RunError: a full disk, a loss that is not finite.
+        KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
+    """
+    disable_progress_bar()
+    dtype = _autocast_dtype(config)
+    # Without an accelerator device, accelerate must be told so, or it ignores a launcher's processes.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if dtype == torch.bfloat16 else "no"
+    )
+    try:
+        _claim_output(config, resume, accelerator)
+        with RunLog(config.output, main=accelerator.is_main_process) as log:
+            return _Run(config, accelerator, dtype, log).whole()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        file = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
+        raise RunError(
+            f"{reason}{file}; what was saved in {config.output} is kept: --resume goes on"
+        ) from error
+
+
+class _Run:
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, dtype: torch.dtype | None, log: RunLog
+    ) -> None:
+        self.config, self.accelerator, self.dtype, self.log = config, accelerator, dtype, log
+        self.output = config.output
+        self.trained: dict[str, Path] = {}
+
+    def whole(self) -> RunResult:
+        config = self.config
+        source = config.teacher or config.student.from_model
+        tokenizer = None
+        if config.teacher is not None:
+            teacher, tokenizer = load_masked_lm(config.teacher)
+        elif config.student.from_model is not None:
+            # A first look, for the tokenizer; the head's bias needs the token counts of the text.
+            model, tokenizer = load_encoder_with_new_head(config.student.from_model)
+        tokenizer = prepare_tokenizer(config, tokenizer, self.accelerator)
+        if source is not None:
+            check_length(teacher if config.teacher else model, tokenizer, config.data.max_length, source)
+        self.data = prepare_data(config, tokenizer, self.accelerator, self.log)
+        self.log.say(describe(config.objectives))
+
+        if not config.uses_teacher:
+            self._adapt()
+            return self._report(None)
+        if config.new_teacher is not None:
+            folder = self._new_teacher(config.new_teacher)
+            teacher, _ = load_masked_lm(folder)
+        self._distil(teacher)
+        return self._report(teacher)
+
+    def _adapt(self) -> None:
+        """Recipe mlm: optionally the new head alone, then all weights."""
+        loop = self.config.run
+
+        def fresh() -> Any:
+            counts = torch.from_numpy(self.data.token_counts)
+            return load_encoder_with_new_head(str(self.config.student.from_model), token_counts=counts)[0]
+
+        build: Callable[[], Any] = fresh
+        if loop.head_warmup_steps:
+            head = self._phase(
+                "head",
+                fresh,
+                steps=loop.head_warmup_steps,
+                lr=loop.head_warmup_lr,
+                schedule=ScheduleConfig(name="constant", warmup=0.1),
+                head_only=True,
+                seed=self.config.seed + 1,
+            )
+
+            def warmed() -> Any:
+                return load_masked_lm(head)[0]
+
+            build = warmed
+        self._phase("model", build)
+
+    def _new_teacher(self, sizes: NewTeacherConfig) -> Path:
+        def fresh() -> Any:
+            from transformers import BertConfig, BertForMaskedLM
+
+            tokenizer = self.data.tokenizer
+            return BertForMaskedLM(
+                BertConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=sizes.hidden_size,
+                    num_hidden_layers=sizes.num_layers,
+                    num_attention_heads=sizes.num_attention_heads,
+                    intermediate_size=sizes.intermediate_size,
+                    hidden_dropout_prob=sizes.dropout,
+                    attention_probs_dropout_prob=sizes.dropout,
+                    max_position_embeddings=max(self.config.data.max_length, 128),
+                    pad_token_id=tokenizer.pad_token_id,
+                )
+            )
+
+        return self._phase("teacher", fresh, steps=sizes.steps, lr=sizes.lr, seed=self.config.seed + 1)
+
+    def _distil(self, teacher: Any) -> None:
+        def fresh() -> Any:
+            options = self.config.student.model_dump(exclude={"from_model"})
+            return make_student(teacher, **options)
+
+        teacher.to(self.accelerator.device).eval().requires_grad_(False)
+        self._phase("student", fresh, teacher=teacher, objectives=self.config.objectives)
+        if self.config.baseline:
+            self._phase("baseline", fresh)
+
+    def _phase(
+        self,
+        name: str,
+        build: Callable[[], Any],
+        *,
+        teacher: Any | None = None,
+        objectives: list[ObjectiveConfig] | None = None,
+        steps: int | None = None,
+        lr: float | None = None,
+        schedule: ScheduleConfig | None = None,
+        head_only: bool = False,
+        seed: int | None = None,
+    ) -> Path:
+        """The folder of one trained model; without `objectives` it is a masked language model."""
+        config, accelerator, data = self.config, self.accelerator, self.data
+        folder = self.output / name
+        self.trained[name] = folder
+        if folder.exists():
+            self.log.say(f"{name}: finished before")
+            return folder
+        # Student and baseline draw the same weights, data order, masks and dropout from the same seed.
+        seed = config.seed if seed is None else seed
+        torch.manual_seed(config.seed)
+        model = build()
+        phase = Phase(
+            name=name,
+            model=model,
+            teacher=teacher,
+            teacher_dtype=self.dtype,
+            objectives=[
+                make_objective(o) for o in objectives or [VocabularyConfig(kd_weight=0, ce_weight=1)]
+            ],
+            batches=data.batches(config.run, seed, accelerator),
+            masker=data.masker(config, seed, accelerator.device),
+            steps=steps or data.steps(config.run),
+            seed=seed,
+            optimizer=config.optimizer.model_copy(update={"lr": lr} if lr else {}),
+            schedule=schedule or config.schedule,
+            loop=config.run,
+            checkpoints=self.output / "checkpoints" / name,
+            fingerprint=config.fingerprint(),
+            evaluate=self._evaluate,
+            parameters=mlm_head(model).parameters() if head_only else None,
+        )
+        train(phase, accelerator, self.log)
+        if accelerator.is_main_process:
+            partial = self.output / f".writing-{name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            model.save_pretrained(str(partial))
+            data.tokenizer.save_pretrained(str(partial))
+            for file in partial.iterdir():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+            publish(partial, folder)
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()
+        return folder
+
+    def _evaluate(self, model: Any) -> dict[str, float]:
+        """On the first held-out sequences, while training."""
+        score = evaluate_masked_lm(
+            model,
+            self.data.facts,
+            self.data.held_out,
+            self.data.held_out_rows[: self.config.run.eval_sequences],
+            dtype=self.dtype,
+        )
+        return {"held_out_loss": score.loss, "held_out_accuracy": score.accuracy}
+
+    def _report(self, teacher: Any | None) -> RunResult:
+        """Evaluate every model on all held-out text; write table, picture and model cards (main process)."""
+        results: list[ModelResult] = []
+        if self.accelerator.is_main_process:
+            self.log.say("evaluating on all held-out text, and timing on the CPU")
+            models = {"teacher": teacher} if teacher is not None else {}
+            for name, folder in self.trained.items():
+                if name not in ("teacher", "head"):  # the head's phase only prepares the model's
+                    models[name] = load_masked_lm(folder)[0]
+            results = self._measure(models)
+            for result in results:
+                if result.name in self.trained:
+                    card = model_card(self.config, result)
+                    write_durably(self.output / result.name / "README.md", card.encode())
+            draw_curves(self.output / "curves.png", read_metrics(self.output / METRICS), results)
+            write_results(self.output, self.config, results, self.data.describe_held_out())
+            self.log.print(console_table(results))
+            for line in filter(None, (verdict(results), f"written to {self.output}")):
+                self.log.say(line)
+        self.accelerator.wait_for_everyone()
+        return RunResult(self.output, results)
+
+    def _measure(self, models: dict[str, Any]) -> list[ModelResult]:
+        data, records = self.data, read_metrics(self.output / METRICS)
+        scores = {
+            name: evaluate_masked_lm(
+                model.to(self.accelerator.device), data.facts, data.held_out, data.held_out_rows
+            )
+            for name, model in models.items()
+        }
+        for model in models.values():
+            model.to("cpu")
+        latencies = measure_latency(models, batch_sizes=(1,), length=self.config.data.max_length)
+        results = []
+        for name, model in models.items():
+            own = [r for r in records if r["phase"] == name and "tokens" in r]
+            results.append(
+                ModelResult(
+                    name=name,
+                    path=str(self.trained[name]) if name in self.trained else str(self.config.teacher),
+                    layers=model.config.num_hidden_layers,
+                    hidden_size=model.config.hidden_size,
+                    parameters=count_parameters(model),
+                    loss=scores[name].loss,
+                    accuracy=scores[name].accuracy,
+                    perplexity=scores[name].perplexity,
+                    held_out_tokens=scores[name].tokens,
+                    latency_ms=latencies[name][0].p50_ms,
+                    latency_p95_ms=latencies[name][0].p95_ms,
+                    threads=latencies[name][0].threads,
+                    train_steps=own[-1]["step"] if own else None,
+                    train_tokens=own[-1]["tokens"] if own else None,
+                    train_seconds=own[-1]["seconds"] if own else None,
+                )
+            )
+        return results
+
+
+def make_objective(config: ObjectiveConfig) -> Objective:
+    options = config.model_dump(exclude={"name"})
+    return VocabularyObjective(**options) if config.name == "vocabulary" else CosineObjective(**options)
+
+
+def describe(objectives: list[ObjectiveConfig]) -> str:
+    """The loss as it is computed, for the log: weights, T^2, and what each mean is over."""
+    parts = []
+    for o in objectives:
+        if o.name == "cosine":
+            parts.append(
+                f"{o.weight:g} · (1 − cos) of the last hidden states [mean over all tokens but padding]"
+            )
+            continue
+        if o.kd_weight:
+            where = "the masked tokens" if o.positions == "masked" else "all tokens but padding"
+            divergence = {
+                "forward_kl": "KL(teacher‖student)",
+                "reverse_kl": "KL(student‖teacher)",
+                "jsd": f"JSD(β={o.jsd_beta:g})",
+            }[o.divergence]
+            parts.append(f"{o.kd_weight:g} · T²·{divergence} at T={o.temperature:g} [mean over {where}]")
+        if o.ce_weight:
+            parts.append(f"{o.ce_weight:g} · CE at T=1 [mean over the masked tokens]")
+    return f"loss = {' + '.join(parts)}; each mean is over the whole batch of an optimiser step"
+
+
+def _autocast_dtype(config: RunConfig) -> torch.dtype | None:
+    match config.run.precision:
+        case "fp32":
+            return None
+        case "bf16":
+            return torch.bfloat16
+        case "auto":
+            return fast_dtype(torch.accelerator.current_accelerator() or torch.device("cpu"))
+
+
+def _claim_output(config: RunConfig, resume: bool, accelerator: Accelerator) -> None:
+    """Check that the folder is free (or holds this run, to be resumed) and leave the configuration there."""
+    output, file = config.output, config.output / CONFIG
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file, not a folder")
+    if resume:
+        if not file.exists():
+            raise UserError(
+                f"nothing to resume: {output} holds no run; leave out --resume to start one there"
+            )
+        if difference := first_difference(read_config(file), config):
+            raise UserError(
+                f"cannot resume {output} with another configuration: {difference}; "
+                "give the same recipe and keys, or choose another --output"
+            )
+    elif file.exists():
+        other = read_config(file)
+        which = (
+            "this run" if first_difference(other, config) is None else f"another run (recipe {other.recipe})"
+        )
+        raise UserError(
+            f"output {output} already holds {which}: add --resume to go on with it or choose another --output"
+        )
+    elif output.exists() and any(output.iterdir()):
+        raise UserError(f"output {output} is not empty and holds no run: choose another --output")
+    accelerator.wait_for_everyone()  # no process may see what the main one writes next
+    if accelerator.is_main_process and not resume:
+        output.mkdir(parents=True, exist_ok=True)
+        partial = output / f".writing-{CONFIG}"
+        write_durably(partial, config.to_yaml().encode())
+        os.rename(partial, file)
+    accelerator.wait_for_everyone()
