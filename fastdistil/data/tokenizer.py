@@ -1,10 +1,12 @@
-"""What the data path must know of a tokenizer, and fast encoding of whole documents."""
+"""What the data path must know of a tokenizer, fast encoding of documents, and a vocabulary of one's own."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,10 @@ from fastdistil.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BertTokenizer, PreTrainedTokenizerBase
+
+_SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+_MAX_ALPHABET = 1000
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,6 @@ class TokenizerFacts:
             fingerprint=_fingerprint(backend, ids),
         )
 
-    def require_same(self, other: TokenizerFacts, this: str, that: str) -> None:
-        """A UserError if the two tokenizers would not give the same ids; `this` and `that` name them."""
-        if self.fingerprint == other.fingerprint:
-            return
-        sizes = (
-            ""
-            if self.vocab_size == other.vocab_size
-            else f" ({self.vocab_size} and {other.vocab_size} tokens)"
-        )
-        raise UserError(
-            f"the tokenizers of {this} and {that} differ{sizes}: both must map text to the same ids"
-        )
-
 
 def _continuation(
     vocab: dict[str, int], backend: dict[str, dict[str, str]], special_ids: tuple[int, ...]
@@ -130,3 +122,49 @@ class DocumentEncoder:
 
     def __call__(self, documents: list[str]) -> list[list[int]]:
         return [e.ids for e in self._backend.encode_batch_fast(documents, add_special_tokens=False)]
+
+
+def train_wordpiece(documents: Iterable[str], vocab_size: int, *, max_length: int = 512) -> BertTokenizer:
+    """Trains a lower-cased WordPiece vocabulary of at most `vocab_size` entries.
+
+    The same documents give the same vocabulary. It takes seconds for a few megabytes.
+
+    Args:
+        documents: iterated twice, so not an iterator.
+        vocab_size: V, with the special tokens; [PAD] is id 0.
+        max_length: what the tokenizer truncates to when asked to.
+
+    Raises:
+        UserError: `vocab_size` is below 64, or the documents hold no text.
+    """
+    from tokenizers.trainers import WordPieceTrainer
+    from transformers import BertTokenizer
+
+    if vocab_size < 64:
+        raise UserError(f"vocab_size must be >= 64, got {vocab_size}")
+    backend = BertTokenizer().backend_tokenizer
+    raw: Counter[str] = Counter()
+    for document in documents:
+        raw.update(document)
+    counts: Counter[str] = Counter()
+    for character, count in raw.items():
+        for normalized in backend.normalizer.normalize_str(character).strip():
+            counts[normalized] += count
+    if not counts:
+        raise UserError("no text to train a vocabulary on")
+    size = min(_MAX_ALPHABET, (vocab_size - len(_SPECIAL_TOKENS)) // 4)
+    alphabet = sorted(sorted(counts, key=lambda character: (-counts[character], character))[:size])
+    # The trainer numbers the pieces "##a" in the order of a randomly seeded hash map, and breaks ties
+    # between merges by these numbers. Named here, they are numbered first; the tokenizer below does not
+    # take them for special.
+    continuations = [f"##{character}" for character in alphabet]
+    trainer = WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=_SPECIAL_TOKENS + continuations,
+        initial_alphabet=alphabet,
+        limit_alphabet=size,
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    return BertTokenizer(vocab=backend.get_vocab(), model_max_length=max_length)
