@@ -138,7 +138,7 @@ def load_checkpoint(
     return Progress(state["step"], state["tokens"], state["seconds"]), state["data"]
 
 
-def write_model(folder: Path, model: nn.Module) -> None:
+def write_model(folder: Path, model: Any) -> None:
     """`model.safetensors` and `config.json`, flushed to the disk; tied weights are written once."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -179,7 +179,7 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{key}/{names[parameter]}": value.detach().cpu().contiguous()
         for parameter, state in optimizer.state.items()

@@ -156,6 +156,8 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 def _short(values: dict[str, float]) -> str:
     shown = []
     for key, value in values.items():
+        if key == "seconds" or (key == "ce" and value == values.get("loss")):
+            continue
         if key == "tokens_per_s":
             shown.append(f"{value:,.0f} tokens/s")
         elif key == "tokens":

@@ -267,7 +267,8 @@ class _Window:
         progress.tokens += tokens
         progress.seconds += seconds
         self._reset()
-        return {**means, "tokens": progress.tokens, "tokens_per_s": tokens / max(seconds, 1e-9)}, bool(stop)
+        seen = {"tokens": progress.tokens, "seconds": progress.seconds}
+        return {**means, **seen, "tokens_per_s": tokens / max(seconds, 1e-9)}, bool(stop)
 
 
 @dataclass

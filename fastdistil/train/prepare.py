@@ -1,9 +1,8 @@
 """From a configuration to what the loop reads: tokenizer, training batches, masks, held-out text."""
 
 import math
-import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from fastdistil.data.token_store import TokenStore, cached_token_store, open_tok
 from fastdistil.data.tokenizer import TokenizerFacts
 from fastdistil.errors import UserError
 from fastdistil.models.student import check_same_tokenizer
+from fastdistil.train.checkpoint import publish
 from fastdistil.train.config import DataConfig, LoopConfig, RunConfig
 from fastdistil.train.logging import RunLog
 
@@ -35,6 +35,10 @@ class PreparedData:
     held_out_rows: np.ndarray  # sequence numbers in `held_out`
     training: Callable[[Share, int], BatchSource]  # share of the batch, seed
     num_sequences: int | None  # for training; None: a stream
+
+    def describe_held_out(self) -> str:
+        meta = self.held_out.meta
+        return f"{len(self.held_out_rows):,} sequences of {meta.max_length} tokens of {meta.corpus}"
 
     def steps(self, loop: LoopConfig) -> int:
         """Optimiser steps of a phase."""
@@ -141,18 +145,25 @@ def _trained_tokenizer(config: RunConfig, vocab_size: int, accelerator: Accelera
     """Trained once a run and kept in the output folder: a resumed run must have the same ids."""
     from transformers import AutoTokenizer
 
-    from fastdistil.data.tokenizer import train_wordpiece
-
     folder = config.output / "tokenizer"
     with accelerator.main_process_first():
         if not folder.exists():
             assert config.data.corpus is not None
-            tokenizer = train_wordpiece(_open(config.data.corpus, config.data), vocab_size)
             partial = folder.with_name(".writing-tokenizer")
             shutil.rmtree(partial, ignore_errors=True)
-            tokenizer.save_pretrained(str(partial))
-            os.rename(partial, folder)
+            train_wordpiece(_open(config.data.corpus, config.data), vocab_size).save_pretrained(str(partial))
+            publish(partial, folder)
     return AutoTokenizer.from_pretrained(str(folder))
+
+
+def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Any:
+    """A lower-casing BERT tokenizer with a WordPiece vocabulary learned from `documents`."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizer
+
+    learner = BertWordPieceTokenizer(lowercase=True)
+    learner.train_from_iterator(documents, vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    return BertTokenizer(vocab=learner.get_vocab())
 
 
 def _open(spec: str, data: DataConfig) -> Corpus:

@@ -23,8 +23,12 @@ class ModelResult:
     loss: float  # mean cross entropy of the held-out masked tokens, nats
     accuracy: float
     perplexity: float
-    latency_ms: float  # p50 of one sequence of the run's length, CPU
-    train_tokens: int | None  # None: not trained by this run
+    held_out_tokens: int  # how many were masked
+    latency_ms: float  # p50 of one sequence of the run's length through the encoder, on the CPU
+    latency_p95_ms: float
+    threads: int
+    train_steps: int | None  # None: not trained by this run
+    train_tokens: int | None
     train_seconds: float | None
 
 
@@ -36,14 +40,14 @@ _COLUMNS = [
     "accuracy",
     "perplexity",
     "CPU latency",
-    "trained on",
+    "trained for",
 ]
 
 
 def _cells(r: ModelResult) -> list[str]:
-    trained = (
-        "–" if r.train_tokens is None else f"{r.train_tokens / 1e6:.2f} M tokens, {r.train_seconds:.0f} s"
-    )
+    trained = "–"
+    if r.train_tokens is not None and r.train_seconds is not None:
+        trained = f"{r.train_steps:,} steps, {r.train_tokens / 1e6:,.1f} M tokens, {r.train_seconds:,.0f} s"
     return [
         r.name,
         f"{r.layers} × {r.hidden_size}",
@@ -83,79 +87,67 @@ def verdict(results: Sequence[ModelResult]) -> str | None:
     )
 
 
-def write_results(
-    output: Path, config: RunConfig, results: Sequence[ModelResult], details: dict[str, Any]
-) -> None:
+def write_results(output: Path, config: RunConfig, results: Sequence[ModelResult], held_out: str) -> None:
     """`results.json` and `results.md`."""
-    plain = {"recipe": config.recipe, "models": {r.name: asdict(r) for r in results}, **details}
+    plain = {"recipe": config.recipe, "held_out": held_out, "models": [asdict(r) for r in results]}
     (output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     parts = [
         f"# {config.recipe}",
-        markdown_table(results),
-        verdict(results) or "",
-        f"Held out: {details['held_out']}",
+        config.description.strip(),
+        markdown_table(results).strip(),
+        verdict(results),
+        f"Held out: {held_out}. Loss in nats; latency is the median of one sequence of "
+        f"{config.data.max_length} tokens through the encoder, on {results[0].threads} CPU threads.",
+        "![Held-out loss and accuracy over the optimiser steps](curves.png)",
     ]
-    text = "\n\n".join(part.strip() for part in parts if part)
-    (output / "results.md").write_text(f"{text}\n\n![curves](curves.png)\n", encoding="utf-8")
+    (output / "results.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
 
 
-def draw_curves(file: Path, records: Sequence[dict[str, Any]], teacher: ModelResult | None) -> None:
-    """Held-out loss and accuracy over the steps of each phase; the teacher as a dashed line."""
+_LINES = {  # phase -> label, colour (Okabe and Ito, safe for colour-blind readers)
+    "model": ("model", "#0072b2"),
+    "student": ("student, with the teacher", "#0072b2"),
+    "baseline": ("same student, without", "#d55e00"),
+}
+
+
+def draw_curves(file: Path, records: Sequence[dict[str, Any]], results: Sequence[ModelResult]) -> None:
+    """Held-out loss and accuracy over the steps; the teacher's final ones as a dashed line."""
     from matplotlib.figure import Figure
 
-    phases = [
-        p
-        for p in ("model", "head", "student", "baseline", "teacher")
-        if any(r["phase"] == p for r in records)
-    ]
-    drawn = [p for p in phases if p in ("student", "baseline", "model")] or phases
-    colours = {
-        "student": "#0072b2",
-        "baseline": "#d55e00",
-        "model": "#0072b2",
-        "teacher": "#444444",
-        "head": "#888888",
-    }
-    labels = {"student": "student, with the teacher", "baseline": "same student, without", "model": "model"}
+    teacher = next((r for r in results if r.name == "teacher"), None)
     figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = (
-        ("held_out_loss", "held-out loss (nats)", 1),
-        ("held_out_accuracy", "held-out accuracy (%)", 100),
-    )
-    for axes, (key, label, scale) in zip(figure.subplots(1, 2), panels, strict=True):
-        for phase in drawn:
-            points = [
-                (r["step"], scale * r[key]) for r in records if r["phase"] == phase and r.get(key) is not None
-            ]
-            axes.plot(
-                *zip(*points, strict=True),
-                color=colours[phase],
-                marker="o",
-                markersize=3,
-                label=labels.get(phase, phase),
-            )
+    panels = (("loss", "held-out loss (nats)", 1), ("accuracy", "held-out accuracy (%)", 100))
+    for axes, (measure, title, scale) in zip(figure.subplots(1, 2), panels, strict=True):
+        for phase, (label, colour) in _LINES.items():
+            own = [r for r in records if r["phase"] == phase and r.get(f"held_out_{measure}") is not None]
+            if own:
+                values = [scale * r[f"held_out_{measure}"] for r in own]
+                axes.plot([r["step"] for r in own], values, "o-", color=colour, markersize=3, label=label)
         if teacher is not None:
-            value = scale * (teacher.loss if key == "held_out_loss" else teacher.accuracy)
-            axes.axhline(value, color=colours["teacher"], linestyle="--", linewidth=1, label="teacher")
+            final = scale * (teacher.loss if measure == "loss" else teacher.accuracy)
+            axes.axhline(final, color="#444444", linestyle="--", linewidth=1, label="teacher")
         axes.set_xlabel("optimiser steps")
-        axes.set_ylabel(label)
+        axes.set_ylabel(title)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     figure.savefig(file, dpi=150)
 
 
-def model_card(config: RunConfig, result: ModelResult, teacher: str | None) -> str:
+def model_card(config: RunConfig, result: ModelResult) -> str:
     """README.md of a model folder."""
+    tokens = (result.train_tokens or 0) / 1e6
     lines = [
-        f"# {config.recipe}: {result.name}",
+        f"# {config.output.name}: {result.name}",
         f"A masked language model of {result.layers} layers × {result.hidden_size}, "
         f"{result.parameters / 1e6:.1f} M parameters, trained by `fastdistil train {config.recipe}`.",
     ]
-    if teacher is not None:
-        lines.append(f"Teacher: {teacher}.")
+    if result.name == "student":
+        lines.append(f"Teacher: {config.teacher or 'trained by the same run'}.")
+    if config.student.from_model is not None:
+        lines.append(f"It started from {config.student.from_model}.")
     lines += [
-        f"Text: {config.data.corpus}, {(result.train_tokens or 0) / 1e6:.2f} M tokens seen; seed {config.seed}.",
+        f"Text: {config.data.corpus}, {tokens:.2f} M tokens seen; seed {config.seed}.",
         f"Held-out masked tokens: loss {result.loss:.4f}, accuracy {result.accuracy:.2%}.",
     ]
     if config.paper:
