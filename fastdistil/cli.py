@@ -46,6 +46,10 @@ Debug = Annotated[
 ]
 
 
+TextColumn = Annotated[str, typer.Option(help="Column of parquet, jsonl and `datasets` rows.")]
+Split = Annotated[str, typer.Option(help="Split of a `datasets` name, or of a folder with files of each.")]
+
+
 @app.command()
 def train(
     ctx: typer.Context,
@@ -110,6 +114,35 @@ def prepare(
             on_progress=lambda read, made: status.update(f"{read:,} documents, {made:,} sequences"),
         )
     print(f"{output}: {len(store):,} sequences of {max_length}, {store.meta.num_tokens:,} tokens")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a masked language model.")],
+    corpus: Annotated[
+        str | None, typer.Option(help="Held-out text, or a prepared token store; without it, cost alone.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens a sequence; default 128.", min=8)] = None,
+    max_sequences: Annotated[int, typer.Option(help="Use the corpus's first so many.", min=1)] = 2000,
+    text_column: TextColumn = "text",
+    split: Split = "test",
+    debug: Debug = False,
+) -> None:
+    """Measure a model: loss, accuracy and perplexity on text; latency, memory and size."""
+    from fastdistil.evaluate.summary import summarize
+
+    summary = summarize(
+        model,
+        corpus,
+        max_length=max_length,
+        max_sequences=max_sequences,
+        text_column=text_column,
+        split=split,
+    )
+    rows = summary.rows()
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:{width}}  {value}")
 
 
 @app.command()

@@ -77,6 +77,13 @@ def load_tokenizer(source: str | Path) -> Any:
     return tokenizer
 
 
+def max_positions(model: Any) -> int:
+    """The longest sequence, in tokens, that the model's positions allow."""
+    positions = model.config.max_position_embeddings
+    # RoBERTa counts its positions from behind the padding id.
+    return positions - model.config.pad_token_id - 1 if model.config.model_type == "roberta" else positions
+
+
 def _load_model(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
     from safetensors import SafetensorError
     from transformers import AutoModelForMaskedLM
