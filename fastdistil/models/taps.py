@@ -57,6 +57,12 @@ def tap_teacher(
     return Taps(hidden, mlm_head(model), dtype, trainable=False)
 
 
+def flat_rows(positions: Tensor, length: int) -> Tensor:
+    """Where the `positions` (B, k) of sequences of `length` lie among the B * L rows: (B * k,)."""
+    first = torch.arange(len(positions), device=positions.device)[:, None] * length
+    return (positions + first).flatten()
+
+
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where matrix products in it are faster than in float32 on `device`, else None."""
     if device.type == "cuda":

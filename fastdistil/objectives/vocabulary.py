@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdistil.errors import UserError
 from fastdistil.functional import linear_kd_loss
-from fastdistil.models.taps import Taps
+from fastdistil.models.taps import Taps, flat_rows
 from fastdistil.objectives.base import ObjectiveLoss, weight_per_token
 
 if TYPE_CHECKING:
@@ -66,7 +66,10 @@ class VocabularyObjective:
         if self.positions == "all":
             rows, labels, kd_mask = None, batch.labels.flatten(), batch.attention_mask.flatten().ne(0)
         else:
-            rows, labels = _masked_rows(batch), batch.position_labels.flatten()
+            rows, labels = (
+                flat_rows(batch.positions, batch.input_ids.shape[1]),
+                batch.position_labels.flatten(),
+            )
             kd_mask = labels != IGNORED
         hidden, weight, bias = student.vocabulary_operands(rows)
         teacher_hidden, teacher_weight, teacher_bias = teacher.vocabulary_operands(rows)
@@ -93,7 +96,9 @@ class VocabularyObjective:
         return ObjectiveLoss(loss, {"kd": kd, "ce": ce} if with_ce else {"kd": kd})
 
     def _masked_language_model(self, student: Taps, batch: "MaskedBatch", count: Tensor) -> ObjectiveLoss:
-        hidden, weight, bias = student.vocabulary_operands(_masked_rows(batch))
+        hidden, weight, bias = student.vocabulary_operands(
+            flat_rows(batch.positions, batch.input_ids.shape[1])
+        )
         bias = None if bias is None else bias.to(hidden.dtype)
         logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
         ce = nn.functional.cross_entropy(
@@ -103,10 +108,3 @@ class VocabularyObjective:
             reduction="sum",
         )
         return ObjectiveLoss(ce * weight_per_token(self.ce_weight, count), {"ce": ce.detach()})
-
-
-def _masked_rows(batch: "MaskedBatch") -> Tensor:
-    """Index of each picked position among the B * L positions: (b, k) -> (b * k,)."""
-    sequences, length = batch.input_ids.shape
-    first = torch.arange(sequences, device=batch.positions.device)[:, None] * length
-    return (batch.positions + first).flatten()
