@@ -45,8 +45,8 @@ def evaluate_masked_lm(
     """Loss, accuracy and perplexity on the sequences `rows` of `store`, on the model's device.
 
     15 % of the tokens are masked as BERT does (80/10/10, no smoothing), the same ones for every model that
-    reads the same store. The vocabulary head runs on these tokens alone. The model is put back into the mode it
-    was in.
+    reads the same store. The vocabulary head runs on these tokens alone. The model is put back into the
+    mode it was in.
 
     Args:
         facts: of the tokenizer that made the store.
