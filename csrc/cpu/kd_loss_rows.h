@@ -5,10 +5,10 @@
 // by exp((m - m_final) / T) and writes the gradient. Nothing of the row is read after its gradient is begun, so the
 // gradient may overwrite the student's logits.
 //
-// With a = exp((t - m_t) / T), Z_t = sum a, L_t = m_t / T + log Z_t, and the same with b, Z_s, L_s for the student:
-//   forward KL    T^2 KL(t||s) = T^2 (sum a (t - s) / (T Z_t) - L_t + L_s)
-//   reverse KL    T^2 KL(s||t) = T^2 (sum b (s - t) / (T Z_s) - L_s + L_t)
-//   cross entropy CE = L_s(T = 1) - (1 - ls) s[label] - ls mean(s)
+// With y = t - m_t, a = exp(y / T), Z_t = sum a for the teacher and x = s - m_s, b = exp(x / T), Z_s = sum b for the student:
+//   forward KL    T^2 KL(t||s) = T^2 (sum a (y - x) / (T Z_t) - log Z_t + log Z_s)
+//   reverse KL    T^2 KL(s||t) = T^2 (sum b (x - y) / (T Z_s) - log Z_s + log Z_t)
+//   cross entropy CE = m_s + log Z_s(T = 1) - (1 - ls) s[label] - ls mean(s)
 // Terms whose weight a (or b) is 0 are left out: -inf - -inf never enters a sum.
 #pragma once
 
@@ -25,7 +25,7 @@ enum class Ce { none, same, square, own };
 template <class Acc>
 struct Scratch {
   Acc* student;         // exp((s - m) / T)
-  Acc* teacher;         // forward KL: exp((t - m) / T); reverse KL: s - t; JSD: first the former, then log(p_s / m)
+  Acc* teacher;         // forward KL: exp((t - m) / T); reverse KL: x - y; JSD: first the former, then log(p_s / m)
   Acc* student_at_one;  // exp(s - m), for Ce::own
   Acc* student_max;     // the running maximum with which each block was exponentiated
   Acc* teacher_max;
@@ -46,13 +46,22 @@ struct Scratch {
   }
 };
 
-template <class Acc>
 struct Sums {
-  Acc student = 0;
-  Acc teacher = 0;
-  Acc student_at_one = 0;
-  Acc product = 0;  // of the weight and the difference of the logits
+  double student = 0;
+  double teacher = 0;
+  double student_at_one = 0;
+  double product = 0;  // of the weight and the difference of the logits
 };
+
+// Vectors that are added up before their sum goes into a double: a large term followed by many small ones would lose a
+// little with each.
+constexpr int64_t kGroup = 8;
+
+// The maximum as a number to subtract: 0 stands for it while all logits so far are -inf, every exponential is 0 then.
+template <class Acc>
+FASTDISTIL_INLINE Acc finite(Acc maximum) {
+  return maximum == -INFINITY ? 0 : maximum;
+}
 
 inline const void* offset(const void* base, Dtype dtype, int64_t elements) {
   return static_cast<const char*>(base) + elements * dtype_size(dtype);
@@ -98,66 +107,76 @@ FASTDISTIL_INLINE Acc block_sum(const Acc* x, int64_t n) {
 }
 
 template <class Acc, Kd kd, Ce ce>
-FASTDISTIL_INLINE Sums<Acc> exp_block(const Acc* s, const Acc* t, int64_t n, Acc max_s, Acc max_t, Acc inverse_t,
-                                      Acc* student, Acc* teacher, Acc* student_at_one) {
+FASTDISTIL_INLINE Sums exp_block(const Acc* s, const Acc* t, int64_t n, Acc max_s, Acc max_t, Acc inverse_t,
+                                 Acc* student, Acc* teacher, Acc* student_at_one) {
   using V = Vec<Acc>;
   constexpr int W = Lanes<Acc>::count;
-  V sum_s{}, sum_t{}, sum_one{}, product{};
-  for (int64_t i = 0; i < n; i += W) {
-    const V x = load(s + i) - max_s;
-    const V b = exp_nonpositive(x * inverse_t);
-    sum_s += b;
-    store<Acc>(student + i, b);
-    if constexpr (ce == Ce::square) sum_one += b * b;
-    if constexpr (ce == Ce::own) {
-      const V one = exp_nonpositive(x);
-      sum_one += one;
-      store<Acc>(student_at_one + i, one);
-    }
-    if constexpr (kd != Kd::none) {
-      const V logit_t = load(t + i);
-      const V a = exp_nonpositive((logit_t - max_t) * inverse_t);
-      sum_t += a;
-      V kept = a;
-      if constexpr (kd == Kd::forward_kl) {
-        const V difference = logit_t - load(s + i);
-        product += a * (a == V{} ? V{} : difference);
+  Total<Acc> total_s, total_t, total_one, total_product;
+  for (int64_t begin = 0; begin < n; begin += kGroup * W) {
+    const int64_t end = n - begin < kGroup * W ? n : begin + kGroup * W;
+    V sum_s{}, sum_t{}, sum_one{}, product{};
+    for (int64_t i = begin; i < end; i += W) {
+      const V x = load(s + i) - max_s;
+      const V b = exp_nonpositive(x * inverse_t);
+      sum_s += b;
+      store<Acc>(student + i, b);
+      if constexpr (ce == Ce::square) sum_one += b * b;
+      if constexpr (ce == Ce::own) {
+        const V one = exp_nonpositive(x);
+        sum_one += one;
+        store<Acc>(student_at_one + i, one);
       }
-      if constexpr (kd == Kd::reverse_kl) {
-        const V difference = load(s + i) - logit_t;
-        kept = b == V{} ? V{} : difference;
-        product += b * kept;
+      if constexpr (kd != Kd::none) {
+        const V y = load(t + i) - max_t;
+        const V a = exp_nonpositive(y * inverse_t);
+        sum_t += a;
+        V kept = a;
+        if constexpr (kd == Kd::forward_kl) product += a * (a == V{} ? V{} : y - x);
+        if constexpr (kd == Kd::reverse_kl) {
+          kept = b == V{} ? V{} : x - y;
+          product += b * kept;
+        }
+        store<Acc>(teacher + i, kept);
       }
-      store<Acc>(teacher + i, kept);
     }
+    total_s.add(sum_s);
+    if constexpr (kd != Kd::none) total_t.add(sum_t);
+    if constexpr (ce == Ce::square || ce == Ce::own) total_one.add(sum_one);
+    if constexpr (kd == Kd::forward_kl || kd == Kd::reverse_kl) total_product.add(product);
   }
-  return {reduce_add<Acc>(sum_s), reduce_add<Acc>(sum_t), reduce_add<Acc>(sum_one), reduce_add<Acc>(product)};
+  return {total_s.sum(), total_t.sum(), total_one.sum(), total_product.sum()};
 }
 
 // JSD between the first and the second pass, with p = b * scale_s and q = a * scale_t the probabilities of the student and
 // the teacher, m = beta q + (1 - beta) p: replaces a by log(p / m), returns sums of p log(p / m) and q log(q / m).
 // x = (q - p) / m gives q / m - 1 = (1 - beta) x and p / m - 1 = -beta x without cancellation.
 template <class Acc>
-FASTDISTIL_INLINE Sums<Acc> jsd_block(const Acc* student, Acc* teacher, int64_t n, Acc scale_s, Acc scale_t, Acc beta) {
+FASTDISTIL_INLINE Sums jsd_block(const Acc* student, Acc* teacher, int64_t n, Acc scale_s, Acc scale_t, Acc beta) {
   using V = Vec<Acc>;
   constexpr int W = Lanes<Acc>::count;
-  V sum_s{}, sum_t{};
-  for (int64_t i = 0; i < n; i += W) {
-    const V p = load(student + i) * scale_s;
-    const V q = load(teacher + i) * scale_t;
-    const V m = beta * q + (1 - beta) * p;
-    const V inverse = 1 / (m > V{} ? m : broadcast<Acc>(1));
-    const V x = (q - p) * inverse;
-    const V log_p = log_near_one(p * inverse, -beta * x);
-    const V log_q = log_near_one(q * inverse, (1 - beta) * x);
-    const V kept = p == V{} ? V{} : log_p;
-    sum_s += p * kept;
-    sum_t += q == V{} ? V{} : q * log_q;
-    store<Acc>(teacher + i, kept);
+  Total<Acc> total_s, total_t;
+  for (int64_t begin = 0; begin < n; begin += kGroup * W) {
+    const int64_t end = n - begin < kGroup * W ? n : begin + kGroup * W;
+    V sum_s{}, sum_t{};
+    for (int64_t i = begin; i < end; i += W) {
+      const V p = load(student + i) * scale_s;
+      const V q = load(teacher + i) * scale_t;
+      const V m = beta * q + (1 - beta) * p;
+      const V inverse = 1 / (m > V{} ? m : broadcast<Acc>(1));
+      const V x = (q - p) * inverse;
+      const V log_p = log_near_one(p * inverse, -beta * x);
+      const V log_q = log_near_one(q * inverse, (1 - beta) * x);
+      const V kept = p == V{} ? V{} : log_p;
+      sum_s += p * kept;
+      sum_t += q == V{} ? V{} : q * log_q;
+      store<Acc>(teacher + i, kept);
+    }
+    total_s.add(sum_s);
+    total_t.add(sum_t);
   }
-  Sums<Acc> sums;
-  sums.student = reduce_add<Acc>(sum_s);
-  sums.teacher = reduce_add<Acc>(sum_t);
+  Sums sums;
+  sums.student = total_s.sum();
+  sums.teacher = total_t.sum();
   return sums;
 }
 
@@ -191,6 +210,28 @@ FASTDISTIL_INLINE double rescale(double from, double to, double inverse_t) {
   return from == to ? 1.0 : __builtin_exp((from - to) * inverse_t);
 }
 
+struct Maxima {
+  double student;
+  double teacher;
+};
+
+// What x - y grows by when it is taken from other maxima.
+FASTDISTIL_INLINE double shift(Maxima from, Maxima to) {
+  return (finite(from.student) - finite(to.student)) - (finite(from.teacher) - finite(to.teacher));
+}
+
+// Sums that were taken from one pair of maxima, as they would be from another.
+template <Kd kd>
+FASTDISTIL_INLINE void move_maxima(Sums& sums, Maxima from, Maxima to, double inverse_t) {
+  const double scale_s = rescale(from.student, to.student, inverse_t);
+  const double scale_t = rescale(from.teacher, to.teacher, inverse_t);
+  if (kd == Kd::forward_kl) sums.product = scale_t * (sums.product - shift(from, to) * sums.teacher);
+  if (kd == Kd::reverse_kl) sums.product = scale_s * (sums.product + shift(from, to) * sums.student);
+  sums.student *= scale_s;
+  sums.teacher *= scale_t;
+  sums.student_at_one *= rescale(from.student, to.student, 1.0);
+}
+
 template <class Acc, Kd kd, Ce ce>
 void kd_loss_row(const KdLossProblem& problem, KdLossRow& row, void* memory) {
   constexpr bool has_kd = kd != Kd::none;
@@ -208,56 +249,54 @@ void kd_loss_row(const KdLossProblem& problem, KdLossRow& row, void* memory) {
   }
 
   Acc max_s = -INFINITY, max_t = -INFINITY;
-  double sum_s = 0, sum_t = 0, sum_one = 0, product = 0, sum_logits = 0;
+  Sums row_sums;
+  double sum_logits = 0;
   for (int64_t begin = 0, block = 0; begin < V; begin += kBlock, ++block) {
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;
     const int64_t whole = padded(n, W);
     const Acc* s = load_block<Acc>(row.student, problem.student_dtype, problem.student_bias, begin, n,
                                    scratch.student_block);
     const Acc* t = nullptr;
-    if (has_kd) {
-      t = load_block<Acc>(row.teacher, problem.teacher_dtype, problem.teacher_bias, begin, n, scratch.teacher_block);
-    }
-
     const Acc before_s = max_s, before_t = max_t;
     const Acc block_s = block_max(s, whole);
     max_s = max_s > block_s ? max_s : block_s;
     if (has_kd) {
+      t = load_block<Acc>(row.teacher, problem.teacher_dtype, problem.teacher_bias, begin, n, scratch.teacher_block);
       const Acc block_t = block_max(t, whole);
       max_t = max_t > block_t ? max_t : block_t;
     }
     scratch.student_max[block] = max_s;
     scratch.teacher_max[block] = max_t;
-
-    // While all logits so far are -inf, 0 stands for the maximum: every exponential is 0 all the same.
-    const Sums<Acc> sums = exp_block<Acc, kd, ce>(
-        s, t, whole, max_s == -INFINITY ? 0 : max_s, max_t == -INFINITY ? 0 : max_t, static_cast<Acc>(inverse_t),
-        scratch.student + begin, scratch.teacher + begin, scratch.student_at_one + begin);
-    const double scale_s = rescale(before_s, max_s, inverse_t);
-    const double scale_t = has_kd ? rescale(before_t, max_t, inverse_t) : 1.0;
-    sum_s = sum_s * scale_s + sums.student;
-    sum_t = sum_t * scale_t + sums.teacher;
-    sum_one = sum_one * rescale(before_s, max_s, 1.0) + sums.student_at_one;
-    product = product * (kd == Kd::reverse_kl ? scale_s : scale_t) + sums.product;
+    if (max_s != before_s || max_t != before_t) {
+      move_maxima<kd>(row_sums, {before_s, before_t}, {max_s, max_t}, inverse_t);
+    }
+    const Sums sums = exp_block<Acc, kd, ce>(s, t, whole, finite(max_s), finite(max_t), static_cast<Acc>(inverse_t),
+                                             scratch.student + begin, scratch.teacher + begin,
+                                             scratch.student_at_one + begin);
+    row_sums.student += sums.student;
+    row_sums.teacher += sums.teacher;
+    row_sums.student_at_one += sums.student_at_one;
+    row_sums.product += sums.product;
     if (smoothing > 0) sum_logits += block_sum(s, n);
   }
-  if (ce == Ce::same) sum_one = sum_s;
-
-  const double lse_s = max_s * inverse_t + __builtin_log(sum_s);
-  const double lse_t = max_t * inverse_t + __builtin_log(sum_t);
+  const auto [sum_s, sum_t, student_at_one, product] = row_sums;
+  const double sum_one = ce == Ce::same ? sum_s : student_at_one;
+  const Maxima maxima{max_s, max_t};
+  const double log_s = __builtin_log(sum_s);
+  const double log_t = __builtin_log(sum_t);
   double mean = 0;  // what the gradients of reverse KL and JSD subtract
   row.kd = 0;
   row.ce = 0;
-  if (kd == Kd::forward_kl) row.kd = T * T * (product / sum_t * inverse_t - lse_t + lse_s);
+  if (kd == Kd::forward_kl) row.kd = T * T * (product / sum_t * inverse_t - log_t + log_s);
   if (kd == Kd::reverse_kl) {
     mean = product / sum_s;
-    row.kd = T * T * (mean * inverse_t - lse_s + lse_t);
+    row.kd = T * T * (mean * inverse_t - log_s + log_t);
   }
   if (kd == Kd::jsd) {
     double kl_s = 0, kl_t = 0;
     for (int64_t begin = 0, block = 0; begin < V; begin += kBlock, ++block) {
       const int64_t n = padded(V - begin < kBlock ? V - begin : kBlock, W);
-      const Sums<Acc> sums = jsd_block<Acc>(
+      const Sums sums = jsd_block<Acc>(
           scratch.student + begin, scratch.teacher + begin, n,
           static_cast<Acc>(rescale(scratch.student_max[block], max_s, inverse_t) / sum_s),
           static_cast<Acc>(rescale(scratch.teacher_max[block], max_t, inverse_t) / sum_t),
@@ -283,6 +322,9 @@ void kd_loss_row(const KdLossProblem& problem, KdLossRow& row, void* memory) {
     GradScales<Acc> scales{};
     scales.student = static_cast<Acc>(weight * rescale(scratch.student_max[block], max_s, inverse_t) / sum_s);
     scales.mean = static_cast<Acc>(mean);
+    if (kd == Kd::reverse_kl) {
+      scales.mean = static_cast<Acc>(mean - shift({scratch.student_max[block], scratch.teacher_max[block]}, maxima));
+    }
     if (kd == Kd::forward_kl) {
       scales.teacher = static_cast<Acc>(weight * rescale(scratch.teacher_max[block], max_t, inverse_t) / sum_t);
     }

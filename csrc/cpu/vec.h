@@ -74,6 +74,35 @@ FASTDISTIL_INLINE Acc reduce_add(Vec<Acc> v) {
   return total;
 }
 
+// A sum of vectors in double.
+template <class Acc>
+class Total;
+
+template <>
+class Total<float> {
+ public:
+  FASTDISTIL_INLINE void add(Vec<float> v) { lanes_ += __builtin_convertvector(v, Wide); }
+  FASTDISTIL_INLINE double sum() const {
+    double total = lanes_[0];
+    for (int i = 1; i < Lanes<float>::count; ++i) total += lanes_[i];
+    return total;
+  }
+
+ private:
+  typedef double Wide __attribute__((vector_size(2 * FASTDISTIL_VECTOR_BYTES)));
+  Wide lanes_{};
+};
+
+template <>
+class Total<double> {
+ public:
+  FASTDISTIL_INLINE void add(Vec<double> v) { lanes_ += v; }
+  FASTDISTIL_INLINE double sum() const { return reduce_add<double>(lanes_); }
+
+ private:
+  Vec<double> lanes_{};
+};
+
 // exp(x) for x <= 0 to 1 ulp or so: n = round(x / ln 2), r = x - n ln 2 with ln 2 in two parts (Cody and Waite), and the
 // polynomial of Cephes' expf for exp(r). Below -86.9, where 2^n would leave the normal numbers, the result is 0; that
 // covers -inf. A NaN stays a NaN.
