@@ -79,7 +79,7 @@ class Share:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be >= 1, got {self.batch_size}")
-        micro = self.micro_batch_size or 1
+        micro = 1 if self.micro_batch_size is None else self.micro_batch_size
         if micro < 1 or self.batch_size % (micro * self.world_size):
             raise UserError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size {micro} x "

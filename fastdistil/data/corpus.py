@@ -147,7 +147,7 @@ def open_corpus(
 
         return machine_corpus()
     path = Path(spec).expanduser()
-    if path.is_dir():
+    if spec and path.is_dir():
         return FileCorpus(spec, _files_of_folder(path, split), text_column)
     if path.is_file():
         return FileCorpus(spec, [path], text_column)
