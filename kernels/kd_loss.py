@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .online_softmax import (
+from fastdistil.kernels.online_softmax import (
     ALIGNMENT,
     LOG2E,
     by_thread,
@@ -331,8 +331,9 @@ def compile_options(vocabulary: int, divergence: int, biased: bool, hip: bool) -
         "enable_fp_fusion": True,
     }
     if not hip:
-        # At 64 registers a thread, a multiprocessor works on two rows of a large vocabulary at a time.
-        options["maxnreg"] = 64 if divergence == FORWARD_KL.value and not biased else 128
+        # At 64 registers a thread, a multiprocessor works on two rows of a large vocabulary at a time; the
+        # forms that would spill there get what they need, and one row at a time.
+        options["maxnreg"] = 128 if biased else 64 if divergence == FORWARD_KL.value else 96
     return options
 
 
