@@ -2,12 +2,19 @@
 
 import errno
 import json
+import math
+import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastdistil
 from fastdistil.cli import main
@@ -148,6 +155,143 @@ def test_doctor_tells_the_implementation_of_each_op(capsys: pytest.CaptureFixtur
     for row in implementations():
         reason = f" because {row.reason}" if row.reason else ""
         assert f"{row.op} {row.device} {row.implementation}{reason}" in lines
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """English of this project, a paragraph a line."""
+    texts = [path.read_text() for path in sorted(Path(fastdistil.__file__).parent.glob("*.py"))]
+    file = tmp_path_factory.mktemp("corpus") / "text.txt"
+    file.write_text("\n".join(" ".join(text.split()) for text in texts))
+    return file
+
+
+@pytest.fixture(scope="module")
+def model(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny BERT with a masked-language-model head and its tokenizer."""
+    transformers = pytest.importorskip("transformers")
+    from fastdistil.data.tokenizer import train_wordpiece
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = train_wordpiece(corpus.read_text().splitlines(), 400)
+    tokenizer.save_pretrained(str(folder))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    transformers.BertForMaskedLM(config).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads of a busy machine wait for each other, at a model of this size for most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_prepare_then_evaluate(
+    capsys: pytest.CaptureFixture[str], corpus: Path, model: Path, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "store")
+    prepare = ["prepare", str(corpus), "--tokenizer", str(model), "--output", store, "--max-length", "32"]
+    assert main(prepare) == 0
+    sequences = capsys.readouterr().out.split()[1]
+
+    assert main(["evaluate", str(model), "--corpus", store]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = dict(line.split("  ", 1) for line in lines)
+    assert told["held-out text"].endswith(f"of {sequences} sequences")
+    # Random weights of a small scale: nearly uniform over the vocabulary of 400.
+    loss = float(told["loss"].split()[0])
+    assert loss == pytest.approx(math.log(400), rel=0.05)
+    assert float(told["perplexity"]) == pytest.approx(math.exp(loss), rel=1e-3)
+    # 32 positions are all that the model has.
+    latencies = [line for line in lines if line.startswith("latency, cpu")]
+    assert [line.split(" at ")[1] for line in latencies] == [
+        "1 × 32 tokens, 1 threads",
+        "8 × 32 tokens, 1 threads",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["prepare", "{empty}", "--tokenizer", "{model}", "--output", "{new}"], "{empty}"),
+        (["prepare", "{corpus}", "--tokenizer", "{empty}", "--output", "{new}"], "{empty}"),
+        (["prepare", "{corpus}", "--tokenizer", "{model}", "--output", "{model}"], "{model}"),
+        (["evaluate", "{new}"], "{new}"),
+        (["evaluate", "{model}", "--corpus", "{new}"], "{new}"),
+        (["evaluate", "{model}", "--max-length", "33"], "32 positions"),
+    ],
+)
+def test_a_bad_path_is_named(
+    capsys: pytest.CaptureFixture[str],
+    corpus: Path,
+    model: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    line: str,
+) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    paths = {"corpus": corpus, "model": model, "empty": empty, "new": tmp_path / "new"}
+    code, printed = _fails_with(capsys, [argument.format(**paths) for argument in arguments])
+    assert code == 2
+    assert line.format(**paths) in printed
+    assert not (tmp_path / "new").exists()
+
+
+def test_ctrl_c_saves_and_the_printed_command_resumes(corpus: Path, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    output = tmp_path / "run"
+    command = [sys.executable, "-m", "fastdistil", "train", "mlm", "--teacher", str(model)]
+    command += ["--corpus", str(corpus), "--output", str(output)]
+    settings = {
+        "data.max_length": 32,
+        "run.batch_size": 2,
+        "run.eval_every": 1000,
+        "run.head_warmup_steps": 0,
+        "run.log_every": 1,
+        "run.steps": 400,
+    }
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    metrics = output / "metrics.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert list(output.glob("checkpoints/*/checkpoint-*"))
+
+    said = errors.splitlines()[-1].removeprefix("fastdistil: interrupted; resume with: fastdistil ")
+    resumed = subprocess.run(
+        [sys.executable, "-m", "fastdistil", *shlex.split(said)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert max(steps) == 400
+    assert len(list(output.glob("*/model.safetensors"))) == 1
 
 
 def test_help_loads_none_of_the_training_stack() -> None:
