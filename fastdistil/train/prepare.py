@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from fastdistil.data.corpus import Corpus, open_corpus
 from fastdistil.data.masking import Masker
 from fastdistil.data.streaming import StreamBatches, sample_token_counts
 from fastdistil.data.token_store import TokenStore, cached_token_store, open_token_store
-from fastdistil.data.tokenizer import TokenizerFacts
+from fastdistil.data.tokenizer import TokenizerFacts, train_wordpiece
 from fastdistil.errors import UserError
+from fastdistil.models.load import load_tokenizer, max_positions
 from fastdistil.models.student import check_same_tokenizer
 from fastdistil.train.checkpoint import publish
 from fastdistil.train.config import DataConfig, LoopConfig, RunConfig
@@ -113,13 +114,7 @@ def prepare_tokenizer(config: RunConfig, model_tokenizer: Any | None, accelerato
     """The tokenizer of a run: the model's; else the one that `data` names; else one trained on the corpus."""
     data = config.data
     if data.tokenizer is not None:
-        from transformers import AutoTokenizer
-
-        try:
-            named = AutoTokenizer.from_pretrained(data.tokenizer, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"data.tokenizer: {data.tokenizer} cannot be loaded ({reason})") from None
+        named = load_tokenizer(data.tokenizer)
         if model_tokenizer is not None:
             check_same_tokenizer(model_tokenizer, named)
         return named
@@ -132,11 +127,9 @@ def prepare_tokenizer(config: RunConfig, model_tokenizer: Any | None, accelerato
     return _trained_tokenizer(config, data.vocab_size, accelerator)
 
 
-def check_length(model: Any, tokenizer: Any, max_length: int, key: str) -> None:
+def check_length(model: Any, max_length: int, key: str) -> None:
     """Raise `UserError` if sequences are longer than the model's positions."""
-    positions = model.config.max_position_embeddings
-    if model.config.model_type == "roberta":  # its positions start behind the padding id
-        positions -= tokenizer.pad_token_id + 1
+    positions = max_positions(model)
     if max_length > positions:
         raise UserError(f"data.max_length is {max_length}, but {key} has only {positions} positions")
 
@@ -154,16 +147,6 @@ def _trained_tokenizer(config: RunConfig, vocab_size: int, accelerator: Accelera
             train_wordpiece(_open(config.data.corpus, config.data), vocab_size).save_pretrained(str(partial))
             publish(partial, folder)
     return AutoTokenizer.from_pretrained(str(folder))
-
-
-def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Any:
-    """A lower-casing BERT tokenizer with a WordPiece vocabulary learned from `documents`."""
-    from tokenizers import BertWordPieceTokenizer
-    from transformers import BertTokenizer
-
-    learner = BertWordPieceTokenizer(lowercase=True)
-    learner.train_from_iterator(documents, vocab_size=vocab_size, min_frequency=2, show_progress=False)
-    return BertTokenizer(vocab=learner.get_vocab())
 
 
 def _open(spec: str, data: DataConfig) -> Corpus:

@@ -114,7 +114,7 @@ class _Run:
             model, tokenizer = load_encoder_with_new_head(config.student.from_model)
         tokenizer = prepare_tokenizer(config, tokenizer, self.accelerator)
         if source is not None:
-            check_length(teacher if config.teacher else model, tokenizer, config.data.max_length, source)
+            check_length(teacher if config.teacher else model, config.data.max_length, source)
         self.data = prepare_data(config, tokenizer, self.accelerator, self.log)
         self.log.say(describe(config.objectives))
 

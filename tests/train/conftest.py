@@ -23,7 +23,7 @@ def teacher_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """A BERT of 4 layers × 32 with a masked-LM head, random weights, dropout 0.1."""
     from transformers import BertConfig, BertForMaskedLM
 
-    from fastdistil.train.prepare import train_wordpiece
+    from fastdistil.data.tokenizer import train_wordpiece
 
     tokenizer = train_wordpiece(corpus.read_text().splitlines(), 120)
     torch.manual_seed(0)
