@@ -41,7 +41,6 @@ CPU = [
     Case(1024),
     Case(4096, memory=True),
     Case(768, divergence="jsd"),
-    Case(768, "bfloat16"),
     Case(1024, "bfloat16"),
 ]
 GPU = [

@@ -4,8 +4,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 # pytest's importlib mode adds nothing to sys.path.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The largest cases need more than the limit that a hanging test has, the more on a busy machine."""
+    if config.pluginmanager.hasplugin("timeout"):
+        for item in items:
+            item.add_marker(pytest.mark.timeout(1200))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -176,7 +176,7 @@ def describe(record: Record) -> str:
         memory = "" if one["peak_bytes"] is None else f"  +{one['peak_bytes'] / 2**20:,.0f} MiB"
         bound = "  (bound)" if name == record.bound else ""
         gap = one["gradient_difference"]
-        differs = f"  gradient differs by {gap:.1e}" if name != OURS and gap is not None else ""
+        differs = f"  gradient differs by {gap:.1e}" if gap is not None else ""
         lines.append(
             f"  {name:36} {one['p50'] * 1e3:10.3f} ms  {one['times_fastdistil']:6.2f}x"
             f"  {throughput(record, one['p50'])}{memory}{bound}{differs}"
