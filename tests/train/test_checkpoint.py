@@ -1,0 +1,150 @@
+import errno
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from transformers import BertConfig, BertForMaskedLM
+
+from fastdistil.errors import RunError
+from fastdistil.train import checkpoint
+from fastdistil.train.checkpoint import (
+    Progress,
+    load_checkpoint,
+    newest_checkpoint,
+    rng_state,
+    save_checkpoint,
+)
+
+
+class Training:
+    """A tiny model that takes steps with dropout."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = BertForMaskedLM(
+            BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                       intermediate_size=16, max_position_embeddings=16)
+        ).train()  # fmt: skip
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
+        self.accelerator = Accelerator(cpu=True)
+        self.progress = Progress()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            ids = torch.arange(24).view(2, 12)
+            self.model(input_ids=ids, labels=ids).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.progress.step += 1
+
+    def save(self, root: Path, keep: int = 2) -> None:
+        save_checkpoint(
+            root,
+            self.model,
+            self.optimizer,
+            self.progress,
+            rng=rng_state(torch.device("cpu")),
+            data={"at": self.progress.step},
+            accelerator=self.accelerator,
+            fingerprint="f",
+            keep=keep,
+        )
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        self.progress, data = load_checkpoint(folder, self.model, self.optimizer, self.accelerator)
+        return data
+
+
+def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
+    first = Training(0)
+    first.steps(3)
+    first.progress.tokens = 99
+    first.save(tmp_path)
+    first.steps(3)
+
+    second = Training(1)
+    second.steps(1)
+    data = second.load(newest_checkpoint(tmp_path, "f"))
+    assert (second.progress, data) == (Progress(3, 99, 0.0), {"at": 3})
+    second.steps(3)
+    for (name, a), b in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_is_a_transformers_folder_without_pickles(tmp_path, monkeypatch):
+    training = Training(0)
+    training.steps(1)
+    monkeypatch.setattr(pickle, "dumps", None)
+    monkeypatch.setattr(torch, "save", None)
+    training.save(tmp_path)
+    folder = tmp_path / "checkpoint-1"
+    names = {"config.json", "model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert set(json.loads((folder / "state.json").read_text())["sha256"]) == names - {"state.json"}
+    model, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    for a, b in zip(model.parameters(), training.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", [_cut, Path.unlink, _flip])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
+    training = Training(0)
+    for _ in range(2):
+        training.steps(1)
+        training.save(tmp_path)
+    damage(tmp_path / "checkpoint-2" / name)
+    if (name, damage) == ("state.json", _flip):
+        pytest.skip("a flipped bit of state.json may fall on a space")
+    assert newest_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-1"
+
+
+def test_leftovers_and_other_runs_are_no_checkpoints_and_old_ones_go(tmp_path):
+    (tmp_path / ".writing-checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-8").mkdir()
+    assert newest_checkpoint(tmp_path, "f") is None
+    (tmp_path / "checkpoint-8").rmdir()
+    training = Training(0)
+    for _ in range(3):
+        training.steps(1)
+        training.save(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert newest_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-3"
+    assert newest_checkpoint(tmp_path, "another run") is None
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
+    training = Training(0)
+    training.steps(1)
+    training.save(tmp_path, keep=1)
+    write = checkpoint.write_durably
+
+    def full(file: Path, content: bytes) -> None:
+        if file.name == "optimizer.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        write(file, content)
+
+    monkeypatch.setattr(checkpoint, "write_durably", full)
+    training.steps(1)
+    with pytest.raises(RunError) as error:
+        training.save(tmp_path, keep=1)
+    expected = f"cannot save {tmp_path}/checkpoint-2: No space left on device; earlier checkpoints are untouched"
+    assert str(error.value) == expected
+    assert newest_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-1"
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
