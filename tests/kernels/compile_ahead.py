@@ -143,8 +143,8 @@ FORMS = {
     "scale_grad bf16": scale_form("bf16"),
     "scale_grad fp32": scale_form("fp32"),
 }
-# For one GPU: what takes more registers (any temperature, label smoothing, biases, a teacher of another dtype) in
-# each divergence and dtype, what leaves arguments out, and a smaller width.
+# For one GPU: what needs more registers (any temperature, label smoothing, biases, mixed dtypes) in
+# each divergence, what leaves arguments out, and a smaller width.
 MORE_FORMS = {
     "kd_loss bf16, any T, smoothing": kd_form("bf16", True, **GENERAL),
     "kd_loss fp32, any T, smoothing": kd_form("fp32", True, **GENERAL),

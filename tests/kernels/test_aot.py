@@ -1,7 +1,7 @@
 """Every kernel compiles for GPUs that are not here, without spills and with 16-byte loads at V = 30522.
 
-A spill, or two-byte loads because no alignment could be proven (30522 is no multiple of 8), costs a kernel that
-memory bounds more than anything else that a machine without a GPU can see.
+A spill, or two-byte loads because no alignment could be proven (30522 is no multiple of 8), costs a kernel
+that memory bounds more than anything else that a machine without a GPU can see.
 """
 
 import json

@@ -13,10 +13,10 @@ from fastdistil.ops.cosine_loss import cosine_loss_ref
 from fastdistil.ops.kd_loss import kd_loss_ref, kd_loss_ref_
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Relative to the largest value. The interpreter truncates to bfloat16 where a GPU rounds: one unit in the last place.
+# Relative to the largest value. The interpreter truncates to bfloat16, where a GPU rounds.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-6, torch.bfloat16: 8e-3}
-# One ragged block alone; whole blocks of 4 warps and an odd rest; of 16 warps in float32 (2048) and bfloat16 (4096),
-# with a rest that is one block and, from a shifted base, two.
+# No whole block; whole blocks of 128 threads and an odd rest; of 512 threads, with a rest that is one block or, from
+# a shifted base, two.
 VOCABULARIES = [5, 1027, 2 * 4096 + 4093]
 
 
@@ -32,7 +32,7 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
 
 
 def _rows(rows: int, width: int, dtype: torch.dtype, *, pitch: int, offset: int = 0, seed: int) -> Tensor:
-    """(rows, width) inside memory of NaN, `pitch` elements a row, the first `offset` elements from its start."""
+    """(rows, width) in memory of NaN, rows `pitch` elements apart, the first `offset` from the start."""
     memory = torch.full((offset + rows * pitch,), float("nan"), dtype=dtype, device=DEVICE)
     view = memory[offset:].view(rows, pitch)[:, :width]
     view.copy_(3 * torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)))
