@@ -160,14 +160,15 @@ def case_name(record: Record) -> str:
 
 
 def throughput(record: Record, seconds: float) -> str:
-    """Tokens/s, or GFLOP/s of the products that the work needs, or GB/s of the bytes that it must move."""
+    """Tokens/s, GFLOP/s of the products that the work needs, GB/s of the bytes that it must move."""
+    parts = []
     if record.tokens:
-        return f"{record.tokens / seconds:,.0f} tokens/s"
+        parts.append(f"{record.tokens / seconds:,.0f} tokens/s")
     if record.flops:
-        return f"{record.flops / seconds / 1e9:,.0f} GFLOP/s"
+        parts.append(f"{record.flops / seconds / 1e9:,.0f} GFLOP/s")
     if record.bytes_moved:
-        return f"{record.bytes_moved / seconds / 1e9:,.1f} GB/s"
-    return ""
+        parts.append(f"{record.bytes_moved / seconds / 1e9:,.1f} GB/s")
+    return ", ".join(parts)
 
 
 def describe(record: Record) -> str:
