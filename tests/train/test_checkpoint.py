@@ -102,7 +102,9 @@ def _flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", [_cut, Path.unlink, _flip])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
     training = Training(0)
@@ -144,7 +146,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monk
     training.steps(1)
     with pytest.raises(RunError) as error:
         training.save(tmp_path, keep=1)
-    expected = f"cannot save {tmp_path}/checkpoint-2: No space left on device; earlier checkpoints are untouched"
+    expected = (
+        f"cannot save {tmp_path}/checkpoint-2: No space left on device; earlier checkpoints are untouched"
+    )
     assert str(error.value) == expected
     assert newest_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-1"
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]

@@ -15,7 +15,10 @@ def load(*overrides: str):
     ("overrides", "message"),
     [
         (["run.stps=3"], "unknown key run.stps: did you mean run.steps?"),
-        (["objectives.0.kd_wieght=3"], "unknown key objectives.0.kd_wieght: did you mean objectives.0.kd_weight?"),
+        (
+            ["objectives.0.kd_wieght=3"],
+            "unknown key objectives.0.kd_wieght: did you mean objectives.0.kd_weight?",
+        ),
         (["studnet.num_layers=3"], "unknown key studnet: did you mean student?"),
         (["objectives.2.weight=3"], "objectives.2.weight: expected an index from 0 to 1, got '2'"),
         (["objectives.0.temperature=0"], "objectives.0.temperature: input should be greater than 0, got 0"),

@@ -38,7 +38,7 @@ def test_the_schedule_warms_up_and_ends_near_zero():
 def test_accumulation_gives_the_same_update_as_one_big_batch(distil, tmp_path, positions):
     """Sequences of different lengths, so micro-batches have different counts: a mean of means would differ.
 
-    Adam divides by the gradient's size, which would amplify the rounding of gradients near zero: hence the eps.
+    Adam divides by the gradient's size, which would amplify the rounding of those near zero: hence the eps.
     """
     outputs = []
     for micro in (8, 2):
@@ -46,7 +46,7 @@ def test_accumulation_gives_the_same_update_as_one_big_batch(distil, tmp_path, p
             f"run.micro_batch_size={micro}",
             f"objectives.0.positions={positions}",
             "student.dropout=0",
-                "optimizer.eps=0.01",
+            "optimizer.eps=0.01",
             "data.max_length=19",
             "run.steps=3",
             output=tmp_path / f"micro-{micro}",
@@ -54,7 +54,9 @@ def test_accumulation_gives_the_same_update_as_one_big_batch(distil, tmp_path, p
         run(config)
         outputs.append(weights(config.output))
     for name, value in outputs[0].items():
-        torch.testing.assert_close(value, outputs[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            value, outputs[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_log_has_the_unweighted_terms_and_their_weighted_sum(distil):
@@ -100,7 +102,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(distil):
 
 
 @pytest.mark.parametrize("micro_step", [0, 1], ids=["inside a step", "at the end of a step"])
-def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on_exactly(distil, tmp_path, monkeypatch, micro_step):
+def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on_exactly(
+    distil, tmp_path, monkeypatch, micro_step
+):
     whole = distil(output=tmp_path / "whole")
     run(whole)
 
