@@ -15,8 +15,8 @@ from fastdistil.ops.kd_loss import kd_loss_ref, kd_loss_ref_
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative to the largest value. The interpreter truncates to bfloat16, where a GPU rounds.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 3e-6, torch.float16: 3e-6, torch.bfloat16: 8e-3}
-# No whole block; whole blocks of 128 threads and an odd rest; of 512 threads, with a rest that is one block or
-# (from a shifted base) two.
+# No whole block; whole blocks of 128 threads and an odd rest; of 512 threads, with a rest that is one block
+# or, from a shifted base, two.
 VOCABULARIES = [5, 1027, 2 * 4096 + 4093]
 
 
