@@ -1,0 +1,32 @@
+"""Where a package of the training side is missing, as on a machine kept for its GPU, its tests skip."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+# Files and folders below tests/ that cannot be imported without the package.
+NEEDS = {
+    "data/test_corpus.py": "datasets",
+    "data/test_streaming.py": "datasets",
+    "recipes": "pydantic",
+    "train": "pydantic",
+}
+
+
+class SkippedModule(pytest.Module):
+    package: str
+
+    def collect(self) -> list[pytest.Item | pytest.Collector]:
+        pytest.skip(f"{self.package} is not installed", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    where = module_path.relative_to(Path(__file__).parent)
+    for path in (where, *where.parents):
+        package = NEEDS.get(str(path))
+        if package is not None and find_spec(package) is None:
+            module: SkippedModule = SkippedModule.from_parent(parent, path=module_path)
+            module.package = package
+            return module
+    return None
