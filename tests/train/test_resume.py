@@ -75,6 +75,7 @@ def _wait_for_save(output: Path) -> Callable[[], bool]:
     return lambda: any((output / "checkpoints").glob("*/.writing-*"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(launch, command, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = launch([*command, "--output", str(whole)])
