@@ -55,7 +55,7 @@ struct Sums {
 
 // Vectors that are added up before their sum goes into a double: a large term followed by many small ones would lose a
 // little with each.
-constexpr int64_t kGroup = 8;
+constexpr int64_t kGroup = 16;
 
 // The maximum as a number to subtract: 0 stands for it while all logits so far are -inf, every exponential is 0 then.
 template <class Acc>
@@ -131,9 +131,9 @@ FASTDISTIL_INLINE Sums exp_block(const Acc* s, const Acc* t, int64_t n, Acc max_
         const V a = exp_nonpositive(y * inverse_t);
         sum_t += a;
         V kept = a;
-        if constexpr (kd == Kd::forward_kl) product += a * (a == V{} ? V{} : y - x);
+        if constexpr (kd == Kd::forward_kl) product += a * (y * inverse_t < kLowest<Acc> ? V{} : y - x);
         if constexpr (kd == Kd::reverse_kl) {
-          kept = b == V{} ? V{} : x - y;
+          kept = x * inverse_t < kLowest<Acc> ? V{} : x - y;
           product += b * kept;
         }
         store<Acc>(teacher + i, kept);

@@ -12,7 +12,7 @@ enum class Dtype { float32, bfloat16, float16, float64 };
 enum class Divergence { forward_kl, reverse_kl, jsd };
 
 // Elements which are read, exponentiated and summed together: two input blocks and two scratch blocks fit into L1.
-constexpr int64_t kBlock = 512;
+constexpr int64_t kBlock = 256;
 
 constexpr int64_t block_count(int64_t V) { return (V + kBlock - 1) / kBlock; }
 

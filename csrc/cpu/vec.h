@@ -81,16 +81,20 @@ class Total;
 template <>
 class Total<float> {
  public:
-  FASTDISTIL_INLINE void add(Vec<float> v) { lanes_ += __builtin_convertvector(v, Wide); }
-  FASTDISTIL_INLINE double sum() const {
-    double total = lanes_[0];
-    for (int i = 1; i < Lanes<float>::count; ++i) total += lanes_[i];
-    return total;
+  FASTDISTIL_INLINE void add(Vec<float> v) {
+    Halves halves;
+    std::memcpy(&halves, &v, sizeof(v));
+    low_ += __builtin_convertvector(halves.low, Vec<double>);
+    high_ += __builtin_convertvector(halves.high, Vec<double>);
   }
+  FASTDISTIL_INLINE double sum() const { return reduce_add<double>(low_ + high_); }
 
  private:
-  typedef double Wide __attribute__((vector_size(2 * FASTDISTIL_VECTOR_BYTES)));
-  Wide lanes_{};
+  typedef float Half __attribute__((vector_size(FASTDISTIL_VECTOR_BYTES / 2)));
+  struct Halves {
+    Half low, high;
+  };
+  Vec<double> low_{}, high_{};
 };
 
 template <>
@@ -103,30 +107,31 @@ class Total<double> {
   Vec<double> lanes_{};
 };
 
+// Below this exp gives 0, because 2^n would leave the normal numbers.
+template <class Acc>
+constexpr Acc kLowest = sizeof(Acc) == 4 ? -86.9 : -708.0;
+
 // exp(x) for x <= 0 to 1 ulp or so: n = round(x / ln 2), r = x - n ln 2 with ln 2 in two parts (Cody and Waite), and the
-// polynomial of Cephes' expf for exp(r). Below -86.9, where 2^n would leave the normal numbers, the result is 0; that
-// covers -inf. A NaN stays a NaN.
+// polynomial of Cephes' expf for exp(r). Below kLowest and at -inf the result is 0.
+// A NaN stays a NaN.
 FASTDISTIL_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   using V = Vec<float>;
-  constexpr float kLowest = -86.9f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const V clamped = max(broadcast(kLowest), x);
+  const V clamped = max(broadcast(kLowest<float>), x);
   const V shifted = clamped * 1.44269504088896341f + kRound;
   const V n = shifted - kRound;
   V r = clamped - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  const V square = r * r;  // pairs of terms, and not one after the other: the chain of operations is what takes the time
+  V p = (r * 1.9875691500e-4f + 1.3981999507e-3f) * square + (r * 8.3334519073e-3f + 4.1665795894e-2f);
+  p = p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f);
+  p = p * square + r + 1.0f;
   const V result = (V)((Bits)p + ((Bits)shifted << 23));
-  return x < kLowest ? V{} : result;
+  return x < kLowest<float> ? V{} : result;
 }
 
 FASTDISTIL_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = __builtin_exp(x[i]);
+  for (int i = 0; i < Lanes<double>::count; ++i) x[i] = x[i] < kLowest<double> ? 0.0 : __builtin_exp(x[i]);
   return x;
 }
 
