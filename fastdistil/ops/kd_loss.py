@@ -7,7 +7,7 @@ gradient.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -267,6 +267,44 @@ torch.library.register_autograd("fastdistil::kd_loss_fwd", _backward, setup_cont
 
 
 # --- public function ----------------------------------------------------------------------------------------
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_terms: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def kd_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor | None = None,
+    *,
+    temperature: float = 2.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_terms: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def kd_loss(

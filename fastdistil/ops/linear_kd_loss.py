@@ -8,7 +8,7 @@ is `kd_loss_fwd_`.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -296,6 +296,54 @@ torch.library.register_autograd("fastdistil::linear_kd_loss_fwd", _backward, set
 
 
 # --- public function ----------------------------------------------------------------------------------------
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    temperature: float = 2.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_terms: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_kd_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    labels: Tensor | None = None,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    temperature: float = 2.0,
+    kd_weight: float | Tensor = 1.0,
+    ce_weight: float | Tensor = 0.0,
+    divergence: str = "forward_kl",
+    jsd_beta: float = 0.5,
+    kd_mask: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    return_terms: Literal[True],
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def linear_kd_loss(

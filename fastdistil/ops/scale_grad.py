@@ -38,8 +38,8 @@ def upstream_times(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
     the forward.
 
     The saved buffer itself is scaled and handed on when the graph is freed after this backward. With
-    `retain_graph=True` it is left as it is, so that the next backward finds it unscaled. In a traced graph, where a
-    tensor subclass stands for the buffer, nobody knows yet how often the backward will run.
+    `retain_graph=True` it is left as it is, so that the next backward finds it unscaled. In a traced graph,
+    where a tensor subclass stands for the buffer, nobody knows yet how often the backward will run.
     """
     traced = type(grad) is not Tensor
     if traced or torch._C._autograd._get_current_graph_task_keep_graph():

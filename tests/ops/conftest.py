@@ -64,10 +64,12 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 def _launchers() -> dict[str, Callable[..., Any]]:
     kd = importlib.import_module("fastdistil.kernels.kd_loss")
     cosine = importlib.import_module("fastdistil.kernels.cosine_loss")
+    scale = importlib.import_module("fastdistil.kernels.scale_grad")
     return {
         "kd_loss_fwd": kd.kd_loss_fwd,
         "kd_loss_fwd_": kd.kd_loss_fwd_,
         "cosine_loss_fwd": cosine.cosine_loss_fwd,
+        "scale_grad_": scale.scale_grad_,
     }
 
 

@@ -92,7 +92,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, inputs, torch.full_like(loss, UPSTREAM))
 
 
-@pytest.mark.parametrize("vocabulary", [96, 515], ids=["aligned", "odd"])
+@pytest.mark.parametrize("vocabulary", [96, 131], ids=["aligned", "odd"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("implementation")
@@ -125,7 +125,7 @@ def test_value_and_gradients_are_as_accurate_as_plain_pytorch(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("with_mask", [False, True])
-@pytest.mark.parametrize("chunk_size", [None, 1, 4, 100])
+@pytest.mark.parametrize("chunk_size", [None, 3])
 @pytest.mark.usefixtures("implementation")
 def test_reductions_masks_and_chunks_do_not_change_the_numbers(
     reduction: str,
@@ -242,7 +242,7 @@ def test_create_graph_is_refused(reduction: str, make_heads: Callable[..., Heads
 
 @pytest.mark.usefixtures("implementation")
 def test_inputs_are_not_written_to_and_bits_repeat(make_heads: Callable[..., Heads], labels: Tensor) -> None:
-    heads = make_heads(515, torch.float32)
+    heads = make_heads(131, torch.float32)
     tensors = [*heads.students(), heads.teacher_hidden, heads.teacher_weight, heads.teacher_bias]
     before = [x.detach().clone() for x in tensors]
     runs = [gradients(heads.ours(labels.clone(), ce_weight=1.0), *heads.students()) for _ in range(2)]

@@ -26,7 +26,9 @@ def test_the_gradient_is_multiplied(
     )
     expected = (grad.double() * factor.double().unsqueeze(-1)).to(dtype)
     torch.ops.fastdistil.scale_grad_(grad, factor)
-    assert torch.equal(grad, expected)
+    # One unit in the last place of bfloat16: Triton's interpreter cuts where a GPU rounds.
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(grad, expected, rtol=tolerance, atol=0)
 
 
 @pytest.mark.usefixtures("implementation")
