@@ -1,7 +1,7 @@
 """Packages and the optional C++ extension; everything else is in pyproject.toml.
 
-FASTDISTIL_EXT=auto (the default) builds the extension where torch and a compiler are there and installs pure Python
-where they are not; 1 fails without them, with the reason; 0 leaves the extension out.
+FASTDISTIL_EXT=auto (the default) builds the extension where torch and a compiler are there and installs pure
+Python where they are not; 1 fails without them, with the reason; 0 leaves the extension out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def why_not() -> str | None:
 
 
 def extension_arguments(required: bool) -> dict[str, Any]:
-    """`ext_modules` and `cmdclass` for setup(); torch is imported here and not before it is known to be there."""
+    """`ext_modules` and `cmdclass` for setup(); torch is imported once it is known to be there."""
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
     class BuildOrLeaveOut(BuildExtension):
@@ -63,7 +63,8 @@ def extension_arguments(required: bool) -> dict[str, Any]:
                 if required:
                     raise
                 reason = str(error).strip().splitlines()[0]
-                print(f"fastdistil: installing without the C++ extension: it did not compile ({reason})", file=sys.stderr)
+                message = f"fastdistil: installing without the C++ extension: it did not compile ({reason})"
+                print(message, file=sys.stderr)
                 self.extensions = []
 
     extension = Extension(
