@@ -90,9 +90,16 @@ FASTDISTIL_INLINE const Acc* load_block(const void* row, Dtype dtype, const void
 template <class Acc>
 FASTDISTIL_INLINE Acc block_max(const Acc* x, int64_t n) {
   constexpr int W = Lanes<Acc>::count;
-  Vec<Acc> m = load(x);
-  for (int64_t i = W; i < n; i += W) m = max(m, load(x + i));
-  return reduce_max<Acc>(m);
+  Vec<Acc> m0 = load(x), m1 = m0, m2 = m0, m3 = m0;  // four chains: a maximum takes longer than a load
+  int64_t i = W;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    m0 = max(m0, load(x + i));
+    m1 = max(m1, load(x + i + W));
+    m2 = max(m2, load(x + i + 2 * W));
+    m3 = max(m3, load(x + i + 3 * W));
+  }
+  for (; i < n; i += W) m0 = max(m0, load(x + i));
+  return reduce_max<Acc>(max(max(m0, m1), max(m2, m3)));
 }
 
 template <class Acc>

@@ -112,15 +112,14 @@ template <class Acc>
 constexpr Acc kLowest = sizeof(Acc) == 4 ? -86.9 : -708.0;
 
 // exp(x) for x <= 0 to 1 ulp or so: n = round(x / ln 2), r = x - n ln 2 with ln 2 in two parts (Cody and Waite), and the
-// polynomial of Cephes' expf for exp(r). Below kLowest and at -inf the result is 0.
-// A NaN stays a NaN.
+// polynomial of Cephes' expf for exp(r). Below kLowest, where all that is
+// meaningless, the result is 0; at -inf too. A NaN stays a NaN.
 FASTDISTIL_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-  const V clamped = max(broadcast(kLowest<float>), x);
-  const V shifted = clamped * 1.44269504088896341f + kRound;
+  const V shifted = x * 1.44269504088896341f + kRound;
   const V n = shifted - kRound;
-  V r = clamped - n * 0.693359375f;
+  V r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   const V square = r * r;  // pairs of terms, and not one after the other: the chain of operations is what takes the time
   V p = (r * 1.9875691500e-4f + 1.3981999507e-3f) * square + (r * 8.3334519073e-3f + 4.1665795894e-2f);
