@@ -138,6 +138,7 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
                     accelerator.backward(loss * world)
                 window.add(loss, terms, batch)
                 if interrupt.requested and world == 1 and not last:
+                    window.count(progress)
                     checkpoint(*before)
                     raise KeyboardInterrupt
             norm = accelerator.clip_grad_norm_(trained, phase.optimizer.max_grad_norm)
@@ -155,15 +156,16 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
             save = done or progress.step % phase.loop.checkpoint_every == 0
             stop = interrupt.requested and world == 1
             if evaluate or save or stop or progress.step % phase.loop.log_every == 0:
-                # The only host sync of the loop, and where processes agree to stop.
+                # The only place where the loop waits for the device, and where processes agree to stop.
                 values, stop = window.read(progress, interrupt.requested)
                 log.record(phase.name, progress.step, {**values, "lr": lr})
                 if evaluate:
                     _evaluate(phase, progress.step, accelerator, log)
                 if save or stop:
                     checkpoint(rng_state(device), phase.batches.state_dict())
-                if stop and not done:
+                if stop:
                     raise KeyboardInterrupt
+                window.restart()  # evaluations and checkpoints are not training time
     log.end_phase()
     phase.model.eval()
 
@@ -228,12 +230,13 @@ class _Window:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self._reset()
+        self.restart()
 
-    def _reset(self) -> None:
+    def restart(self) -> None:
         device = self._accelerator.device
         self._sums: dict[str, Tensor] = {}
         self._tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._step_tokens = torch.zeros_like(self._tokens)
         self._finite = torch.ones((), dtype=torch.bool, device=device)
         self._steps = 0
         self._start = time.monotonic()
@@ -242,11 +245,24 @@ class _Window:
         """One micro-batch: its share of the step's loss and terms."""
         for name, value in {"loss": loss.detach(), **terms}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-        self._tokens += batch.attention_mask.sum()
+        self._step_tokens += batch.attention_mask.sum()
 
     def end_step(self, norm: Tensor) -> None:
         self._finite &= norm.isfinite()
+        self._tokens += self._step_tokens
+        self._step_tokens.zero_()
         self._steps += 1
+
+    def count(self, progress: Progress) -> dict[str, float]:
+        """Add the tokens of all processes' whole steps, and the time, to `progress`."""
+        tokens = self._tokens
+        if self._accelerator.num_processes > 1:
+            tokens = self._accelerator.reduce(tokens, "sum")
+        seen, seconds = int(tokens.item()), time.monotonic() - self._start
+        progress.tokens += seen
+        progress.seconds += seconds
+        totals = {"tokens": progress.tokens, "seconds": progress.seconds}
+        return {**totals, "tokens_per_s": seen / max(seconds, 1e-9)}
 
     def read(self, progress: Progress, interrupted: bool) -> tuple[dict[str, float], bool]:
         """Means over the window's steps, and whether any process was interrupted; counts into `progress`."""
@@ -254,7 +270,6 @@ class _Window:
         summed = torch.stack([*self._sums.values(), (~self._finite).float(), flag])
         if self._accelerator.num_processes > 1:
             summed = self._accelerator.reduce(summed, "sum")
-            self._tokens = self._accelerator.reduce(self._tokens, "sum")
         *sums, broken, stop = summed.tolist()
         means = {name: value / self._steps for name, value in zip(self._sums, sums, strict=True)}
         if broken or not all(math.isfinite(value) for value in means.values()):
@@ -263,12 +278,7 @@ class _Window:
                 f"loss or gradient is not finite within the {self._steps} steps before step {progress.step} "
                 f"({shown}); earlier checkpoints are kept; try a lower optimizer.lr or run.precision=fp32"
             )
-        tokens, seconds = int(self._tokens.item()), time.monotonic() - self._start
-        progress.tokens += tokens
-        progress.seconds += seconds
-        self._reset()
-        seen = {"tokens": progress.tokens, "seconds": progress.seconds}
-        return {**means, **seen, "tokens_per_s": tokens / max(seconds, 1e-9)}, bool(stop)
+        return {**means, **self.count(progress)}, bool(stop)
 
 
 @dataclass

@@ -130,3 +130,5 @@ def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on_exactly(
     run(config, resume=True)
     for name, value in weights(whole.output).items():
         assert torch.equal(value, weights(config.output)[name]), name
+    tokens = [read_metrics(c.output / "metrics.jsonl")[-2]["tokens"] for c in (whole, config)]
+    assert tokens[0] == tokens[1]
