@@ -188,10 +188,11 @@ FASTDISTIL_INLINE Sums jsd_block(const Acc* student, Acc* teacher, int64_t n, Ac
 }
 
 // The gradient of one block. `student` scales p_s at T, `teacher` p_t, `student_at_one` p_s at 1, `mean` is subtracted from
-// what the teacher's scratch holds (reverse KL, JSD), `uniform` is label smoothing's constant.
+// what the teacher's scratch holds (reverse KL, JSD), in two parts because the difference may be small; `uniform` is label
+// smoothing's constant.
 template <class Acc>
 struct GradScales {
-  Acc student, teacher, student_at_one, mean, uniform;
+  Acc student, teacher, student_at_one, mean, mean_rest, uniform;
 };
 
 template <class Acc, Kd kd, Ce ce>
@@ -202,7 +203,9 @@ FASTDISTIL_INLINE void grad_block(const Acc* student, const Acc* teacher, const 
   for (int64_t i = 0; i < n; i += W) {
     const V b = load(student + i);
     V factor = broadcast(scales.student);
-    if constexpr (kd == Kd::reverse_kl || kd == Kd::jsd) factor = scales.student * (load(teacher + i) - scales.mean);
+    if constexpr (kd == Kd::reverse_kl || kd == Kd::jsd) {
+      factor = scales.student * ((load(teacher + i) - scales.mean) - scales.mean_rest);
+    }
     if constexpr (kd != Kd::none && ce == Ce::same) factor += scales.student_at_one;
     if constexpr (ce == Ce::square) factor += scales.student_at_one * b;
     V g = b * factor - scales.uniform;
@@ -328,10 +331,12 @@ void kd_loss_row(const KdLossProblem& problem, KdLossRow& row, void* memory) {
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;
     GradScales<Acc> scales{};
     scales.student = static_cast<Acc>(weight * rescale(scratch.student_max[block], max_s, inverse_t) / sum_s);
-    scales.mean = static_cast<Acc>(mean);
+    double block_mean = mean;
     if (kd == Kd::reverse_kl) {
-      scales.mean = static_cast<Acc>(mean - shift({scratch.student_max[block], scratch.teacher_max[block]}, maxima));
+      block_mean -= shift({scratch.student_max[block], scratch.teacher_max[block]}, maxima);
     }
+    scales.mean = static_cast<Acc>(block_mean);
+    scales.mean_rest = static_cast<Acc>(block_mean - scales.mean);
     if (kd == Kd::forward_kl) {
       scales.teacher = static_cast<Acc>(weight * rescale(scratch.teacher_max[block], max_t, inverse_t) / sum_t);
     }
