@@ -1,11 +1,17 @@
-"""Where a package of the training side is missing, as on a machine kept for its GPU, its tests skip."""
+"""Triton's interpreter where there is no GPU, and skips where a package of the training side is missing."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
-# Files and folders below tests/ that cannot be imported without the package.
+# Triton reads this when it is imported, and any test module may be the first to do so.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# As on a machine kept for its GPU: files and folders below tests/ that cannot be imported without it.
 NEEDS = {
     "data/test_corpus.py": "datasets",
     "data/test_streaming.py": "datasets",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -13,10 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# Read when a kernel is defined, so before its module is imported.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastdistil.ops import cosine_loss, kd_loss, scale_grad
 
