@@ -126,8 +126,8 @@ inline Tensor row_losses(const std::vector<double>& values, bool reduce, ScalarT
   return result;
 }
 
-// Calls work(row, scratch) for each row on torch's threads, with scratch_bytes of memory a thread. Threads take the next
-// few rows when they are done, because masked rows cost nothing; a row's result does not depend on its thread.
+// Calls work(row, scratch) for each row on torch's threads, with scratch_bytes of memory a thread. Threads take the
+// next few rows when they are done, because masked rows cost nothing; a row's result does not depend on its thread.
 template <class Work>
 void for_each_row(int64_t rows, int64_t row_length, int64_t scratch_bytes, const Work& work) {
   constexpr int64_t kElementsATake = 16384;

@@ -1,5 +1,6 @@
-// Which table of row kernels serves this process: the widest that the processor has, or a narrower one if the environment
-// variable FASTDISTIL_CPU_CAPABILITY (avx512, avx2 or portable) asks for it. Asking for more than there is changes nothing.
+// Which table of row kernels serves this process: the widest that the processor has, or a narrower one if the
+// environment variable FASTDISTIL_CPU_CAPABILITY (avx512, avx2 or portable) asks for it. Asking for more than there
+// is changes nothing.
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -1,11 +1,12 @@
 // One row of kd_loss: both terms and the gradient from one read of each logit.
 //
-// The first pass goes through the row in blocks with a running maximum. It writes exp((x - m) / T) for the maximum m of
-// that moment to scratch memory that stays in L2, and sums. The second pass reads the scratch alone, corrects each block
-// by exp((m - m_final) / T) and writes the gradient. Nothing of the row is read after its gradient is begun, so the
-// gradient may overwrite the student's logits.
+// The first pass goes through the row in blocks with a running maximum. It writes exp((x - m) / T) for the maximum m
+// of that moment to scratch memory that stays in L2, and sums. The second pass reads the scratch alone, corrects each
+// block by exp((m - m_final) / T) and writes the gradient. Nothing of the row is read after its gradient is begun, so
+// the gradient may overwrite the student's logits.
 //
-// With y = t - m_t, a = exp(y / T), Z_t = sum a for the teacher and x = s - m_s, b = exp(x / T), Z_s = sum b for the student:
+// With y = t - m_t, a = exp(y / T), Z_t = sum a for the teacher and x = s - m_s, b = exp(x / T), Z_s = sum b for the
+// student:
 //   forward KL    T^2 KL(t||s) = T^2 (sum a (y - x) / (T Z_t) - log Z_t + log Z_s)
 //   reverse KL    T^2 KL(s||t) = T^2 (sum b (x - y) / (T Z_s) - log Z_s + log Z_t)
 //   cross entropy CE = m_s + log Z_s(T = 1) - (1 - ls) s[label] - ls mean(s)
@@ -53,8 +54,8 @@ struct Sums {
   double product = 0;  // of the weight and the difference of the logits
 };
 
-// Vectors that are added up before their sum goes into a double: a large term followed by many small ones would lose a
-// little with each.
+// Vectors that are added up before their sum goes into a double: a large term followed by many small ones would lose
+// a little with each.
 constexpr int64_t kGroup = 16;
 
 // The maximum as a number to subtract: 0 stands for it while all logits so far are -inf, every exponential is 0 then.
@@ -154,9 +155,9 @@ FASTDISTIL_INLINE Sums exp_block(const Acc* s, const Acc* t, int64_t n, Acc max_
   return {total_s.sum(), total_t.sum(), total_one.sum(), total_product.sum()};
 }
 
-// JSD between the first and the second pass, with p = b * scale_s and q = a * scale_t the probabilities of the student and
-// the teacher, m = beta q + (1 - beta) p: replaces a by log(p / m), returns sums of p log(p / m) and q log(q / m).
-// x = (q - p) / m gives q / m - 1 = (1 - beta) x and p / m - 1 = -beta x without cancellation.
+// JSD between the first and the second pass, with p = b * scale_s and q = a * scale_t the probabilities of the
+// student and the teacher, m = beta q + (1 - beta) p: replaces a by log(p / m), returns sums of p log(p / m) and q
+// log(q / m). x = (q - p) / m gives q / m - 1 = (1 - beta) x and p / m - 1 = -beta x without cancellation.
 template <class Acc>
 FASTDISTIL_INLINE Sums jsd_block(const Acc* student, Acc* teacher, int64_t n, Acc scale_s, Acc scale_t, Acc beta) {
   using V = Vec<Acc>;
@@ -187,9 +188,9 @@ FASTDISTIL_INLINE Sums jsd_block(const Acc* student, Acc* teacher, int64_t n, Ac
   return sums;
 }
 
-// The gradient of one block. `student` scales p_s at T, `teacher` p_t, `student_at_one` p_s at 1, `mean` is subtracted from
-// what the teacher's scratch holds (reverse KL, JSD), in two parts because the difference may be small; `uniform` is label
-// smoothing's constant.
+// The gradient of one block. `student` scales p_s at T, `teacher` p_t, `student_at_one` p_s at 1, `mean` is
+// subtracted from what the teacher's scratch holds (reverse KL, JSD), in two parts because the difference may be
+// small; `uniform` is label smoothing's constant.
 template <class Acc>
 struct GradScales {
   Acc student, teacher, student_at_one, mean, mean_rest, uniform;

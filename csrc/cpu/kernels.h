@@ -71,7 +71,7 @@ struct Kernels {
   void (*convert_to_double)(const void* source, Dtype dtype, int64_t n, double* target);
 };
 
-// Null where the compiler does not target x86.
+// The first two are null where the compiler does not target x86-64.
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
 const Kernels* portable_kernels();

@@ -1,5 +1,5 @@
-// The Python module fastdistil._C. Importing it registers the operators of the other files with torch; by itself it only
-// answers what `fastdistil doctor` asks. Tensors never pass through it.
+// The Python module fastdistil._C. Importing it registers the operators of the other files with torch; by itself it
+// only answers what `fastdistil doctor` asks. Tensors never pass through it.
 #include <pybind11/pybind11.h>
 
 #include "kernels.h"

@@ -1,7 +1,7 @@
 // Vectors of float and double by the vector extensions of GCC and Clang, with the few functions that the losses need.
 //
-// Included by kernels_<set>.cpp alone, which defines FASTDISTIL_SET (a namespace, so that each instruction set has its
-// own symbols) and FASTDISTIL_VECTOR_BYTES.
+// Included by kernels_<set>.cpp alone, which defines FASTDISTIL_SET (a namespace, so that each instruction set has
+// its own symbols) and FASTDISTIL_VECTOR_BYTES.
 #pragma once
 
 #include <cmath>
@@ -111,9 +111,9 @@ class Total<double> {
 template <class Acc>
 constexpr Acc kLowest = sizeof(Acc) == 4 ? -86.9 : -708.0;
 
-// exp(x) for x <= 0 to 1 ulp or so: n = round(x / ln 2), r = x - n ln 2 with ln 2 in two parts (Cody and Waite), and the
-// polynomial of Cephes' expf for exp(r). Below kLowest, where all that is
-// meaningless, the result is 0; at -inf too. A NaN stays a NaN.
+// exp(x) for x <= 0 to 1 ulp or so: n = round(x / ln 2), r = x - n ln 2 with ln 2 in two parts (Cody and Waite), and
+// the polynomial of Cephes' expf for exp(r). Below kLowest, where all that is meaningless, the result is 0; at -inf
+// too. A NaN stays a NaN.
 FASTDISTIL_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   using V = Vec<float>;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
@@ -121,7 +121,8 @@ FASTDISTIL_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   const V n = shifted - kRound;
   V r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  const V square = r * r;  // pairs of terms, and not one after the other: the chain of operations is what takes the time
+  // Pairs of terms, and not one after the other: the length of the chain is what takes the time.
+  const V square = r * r;
   V p = (r * 1.9875691500e-4f + 1.3981999507e-3f) * square + (r * 8.3334519073e-3f + 4.1665795894e-2f);
   p = p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f);
   p = p * square + r + 1.0f;
@@ -173,8 +174,8 @@ FASTDISTIL_INLINE Bits to_bfloat16(Vec<float> x) {
   return x == x ? rounded : (u >> 16) | 0x40u;
 }
 
-// float16 by integer arithmetic, so that no instruction set needs its own conversion. The exponent moves by 112, which a
-// product does for normal and subnormal numbers alike; infinities and NaNs get the largest exponent.
+// float16 by integer arithmetic, so that no instruction set needs its own conversion. The exponent moves by 112,
+// which a product does for normal and subnormal numbers alike; infinities and NaNs get the largest exponent.
 FASTDISTIL_INLINE Vec<float> from_float16(Bits h) {
   const Bits magnitude = (h & 0x7fffu) << 13;
   const Bits finite = (Bits)((Vec<float>)magnitude * 0x1p112f);
@@ -235,7 +236,8 @@ FASTDISTIL_INLINE void cast(const From* source, int64_t n, Acc* target) {
   for (int64_t i = 0; i < n; ++i) target[i] = static_cast<Acc>(source[i]);
 }
 
-// Double accumulation meets 16-bit numbers only when student and teacher differ in dtype: speed does not matter there.
+// Double accumulation meets 16-bit numbers only when student and teacher differ in dtype: speed does not matter
+// there.
 inline void to_acc(const void* source, Dtype dtype, int64_t n, float* target) {
   switch (dtype) {
     case Dtype::float32: std::memcpy(target, source, static_cast<size_t>(n) * sizeof(float)); break;
