@@ -83,7 +83,7 @@ def _has_kernel(name: str, key: str) -> bool:
 
 def _on_cpu(name: str) -> Implementation:
     if _is_composed(name):
-        return Implementation(name, "cpu", "PyTorch matrix products around kd_loss_fwd_", "")
+        return _composed(name, _on_cpu("kd_loss_fwd_"))
     if _has_kernel(name, "CPU"):
         extension = importlib.import_module("fastdistil._C")
         return Implementation(name, "cpu", f"C++ ({extension.cpu_capability()})", "")
@@ -99,7 +99,7 @@ def _on_cuda(name: str) -> Implementation:
         reason = "no CUDA device is visible" if built else "this torch build has no CUDA"
         return Implementation(name, "cuda", "none", reason)
     if _is_composed(name):
-        return Implementation(name, "cuda", "PyTorch matrix products around kd_loss_fwd_", "")
+        return _composed(name, _on_cuda("kd_loss_fwd_"))
     if _has_kernel(name, "CUDA"):
         return Implementation(name, "cuda", "Triton", "")
     reason = "Triton has no kernel for this op" if HAS_TRITON else "Triton is not installed"
@@ -108,3 +108,10 @@ def _on_cuda(name: str) -> Implementation:
 
 def _is_composed(name: str) -> bool:
     return name.startswith("linear_")
+
+
+def _composed(name: str, chunk: Implementation) -> Implementation:
+    """An op that is PyTorch's matrix products with the in-place op on each chunk of logits."""
+    return chunk._replace(
+        op=name, implementation=f"PyTorch matrix products, {chunk.implementation} between them"
+    )

@@ -31,11 +31,13 @@ def test_without_the_extension_eager_serves_and_says_why() -> None:
 import sys; sys.modules["fastdistil._C"] = None
 import torch, fastdistil
 from fastdistil.ops import implementations
-print(*{(row.implementation, row.reason) for row in implementations() if row[:2] == ("kd_loss_fwd", "cpu")})
+for op in ("kd_loss_fwd", "linear_kd_loss_fwd"):
+    print(*{(row.implementation, row.reason) for row in implementations() if row[:2] == (op, "cpu")})
 print(float(fastdistil.kd_loss(torch.eye(3), torch.eye(3))))
 """
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    served, value = run.stdout.splitlines()
-    assert "eager PyTorch" in served
-    assert "the C++ extension is not usable: " in served
+    *rows, value = run.stdout.splitlines()
+    assert len(rows) == 2
+    assert all("eager PyTorch" in row for row in rows)
+    assert all("the C++ extension is not usable: " in row for row in rows)
     assert abs(float(value)) < 1e-6
