@@ -42,7 +42,9 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
             raise UserError(f"cannot read recipe {text}: {error}") from None
     else:
         near = difflib.get_close_matches(text, _names(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_names())}, or a path to a .yaml file"
+        hint = (
+            f"did you mean {near[0]}?" if near else f"known: {', '.join(_names())}, or a path to a .yaml file"
+        )
         raise UserError(f"unknown recipe {text!r}: {hint}")
     try:
         plain = yaml.safe_load(source)
