@@ -75,6 +75,9 @@ class DataConfig(Section):
         default=False, description="read a `datasets` name as a stream instead of downloading it"
     )
     validation: str | None = Field(default=None, description="held-out corpus; None: a share of `corpus`")
+    max_validation_sequences: int | None = Field(
+        default=None, ge=1, description="stop reading `validation` here; None: read all"
+    )
     validation_fraction: float = Field(
         default=0.01, gt=0, lt=1, description="share of the documents held out"
     )

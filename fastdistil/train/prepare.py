@@ -84,7 +84,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator, lo
                 )
             corpus = _open(data.corpus, data)
             counts = sample_token_counts(corpus, tokenizer)
-            held_out = _store(data.validation, data, tokenizer, log, limit=None)
+            held_out = _store(data.validation, data, tokenizer, log, limit=data.max_validation_sequences)
             rows = np.arange(len(held_out))
 
             def stream(share: Share, seed: int) -> BatchSource:
@@ -94,7 +94,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator, lo
 
         store = _store(data.corpus, data, tokenizer, log, limit=data.max_sequences)
         if data.validation is not None:
-            held_out = _store(data.validation, data, tokenizer, log, limit=None)
+            held_out = _store(data.validation, data, tokenizer, log, limit=data.max_validation_sequences)
             training_rows, rows = np.arange(len(store)), np.arange(len(held_out))
         else:
             held_out = store
