@@ -52,7 +52,10 @@ class StudentConfig(Section):
 
 
 class NewTeacherConfig(Section):
-    """A BERT teacher that the run trains itself, as a masked language model, before it distils."""
+    """A ModernBERT teacher that the run trains itself, as a masked language model, before it distils.
+
+    Its rotary positions learn from a million tokens what BERT's position embeddings need many millions for.
+    """
 
     num_layers: int = Field(default=6, ge=1, description="transformer layers")
     hidden_size: int = Field(default=256, ge=1, description="width of the hidden states")

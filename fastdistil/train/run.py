@@ -155,20 +155,25 @@ class _Run:
 
     def _new_teacher(self, sizes: NewTeacherConfig) -> Path:
         def fresh() -> Any:
-            from transformers import BertConfig, BertForMaskedLM
+            from transformers import ModernBertConfig, ModernBertForMaskedLM
 
             tokenizer = self.data.tokenizer
-            return BertForMaskedLM(
-                BertConfig(
+            return ModernBertForMaskedLM(
+                ModernBertConfig(
                     vocab_size=len(tokenizer),
                     hidden_size=sizes.hidden_size,
                     num_hidden_layers=sizes.num_layers,
                     num_attention_heads=sizes.num_attention_heads,
                     intermediate_size=sizes.intermediate_size,
-                    hidden_dropout_prob=sizes.dropout,
-                    attention_probs_dropout_prob=sizes.dropout,
+                    embedding_dropout=sizes.dropout,
+                    attention_dropout=sizes.dropout,
+                    mlp_dropout=sizes.dropout,
                     max_position_embeddings=max(self.config.data.max_length, 128),
                     pad_token_id=tokenizer.pad_token_id,
+                    cls_token_id=tokenizer.cls_token_id,
+                    sep_token_id=tokenizer.sep_token_id,
+                    bos_token_id=tokenizer.cls_token_id,
+                    eos_token_id=tokenizer.sep_token_id,
                 )
             )
 

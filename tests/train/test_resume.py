@@ -21,7 +21,7 @@ PHASES = ("teacher", "student", "baseline")
 def launch() -> Iterator[Any]:
     """Start the command in a process of its own; the imports are paid once, in the server that forks it."""
     context = multiprocessing.get_context("forkserver")
-    models = [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "distilbert")]
+    models = [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "modernbert")]
     context.set_forkserver_preload(["torch._dynamo", *models, "fastdistil.train.run", "fastdistil.cli"])
 
     def start(arguments: list[str]) -> Any:
