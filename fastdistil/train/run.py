@@ -34,6 +34,7 @@ from fastdistil.models.taps import fast_dtype
 from fastdistil.objectives import CosineObjective, Objective, VocabularyObjective
 from fastdistil.train.checkpoint import publish, write_durably
 from fastdistil.train.config import (
+    LoopConfig,
     NewTeacherConfig,
     ObjectiveConfig,
     RunConfig,
@@ -177,7 +178,16 @@ class _Run:
                 )
             )
 
-        return self._phase("teacher", fresh, steps=sizes.steps, lr=sizes.lr, seed=self.config.seed + 1)
+        # Its curve is not what the run is about: ten points will do.
+        seldom = {"eval_every": max(self.config.run.eval_every, sizes.steps // 10)}
+        return self._phase(
+            "teacher",
+            fresh,
+            steps=sizes.steps,
+            lr=sizes.lr,
+            loop=self.config.run.model_copy(update=seldom),
+            seed=self.config.seed + 1,
+        )
 
     def _distil(self, teacher: Any) -> None:
         def fresh() -> Any:
@@ -199,6 +209,7 @@ class _Run:
         steps: int | None = None,
         lr: float | None = None,
         schedule: ScheduleConfig | None = None,
+        loop: LoopConfig | None = None,
         head_only: bool = False,
         seed: int | None = None,
     ) -> Path:
@@ -227,7 +238,7 @@ class _Run:
             seed=seed,
             optimizer=config.optimizer.model_copy(update={"lr": lr} if lr else {}),
             schedule=schedule or config.schedule,
-            loop=config.run,
+            loop=loop or config.run,
             checkpoints=self.output / "checkpoints" / name,
             fingerprint=config.fingerprint(),
             evaluate=self._evaluate,
