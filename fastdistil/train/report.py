@@ -38,39 +38,36 @@ _COLUMNS = [
     "parameters",
     "held-out loss",
     "accuracy",
-    "perplexity",
     "CPU latency",
-    "trained for",
+    "tokens seen",
+    "time",
 ]
 
 
 def _cells(r: ModelResult) -> list[str]:
-    trained = "–"
-    if r.train_tokens is not None and r.train_seconds is not None:
-        trained = f"{r.train_steps:,} steps, {r.train_tokens / 1e6:,.1f} M tokens, {r.train_seconds:,.0f} s"
     return [
         r.name,
         f"{r.layers} × {r.hidden_size}",
         f"{r.parameters / 1e6:.2f} M",
         f"{r.loss:.4f}",
         f"{r.accuracy:.2%}",
-        f"{r.perplexity:.2f}",
         f"{r.latency_ms:.1f} ms",
-        trained,
+        "–" if r.train_tokens is None else f"{r.train_tokens / 1e6:,.2f} M",
+        "–" if r.train_seconds is None else f"{r.train_seconds:,.0f} s",
     ]
 
 
 def console_table(results: Sequence[ModelResult]) -> Table:
-    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for i, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if i in (0, len(_COLUMNS) - 1) else "right")
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "model" else "right")
     for r in results:
         table.add_row(*_cells(r))
     return table
 
 
 def markdown_table(results: Sequence[ModelResult]) -> str:
-    rows = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 2) + ["---"], *(_cells(r) for r in results)]
+    rows = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *(_cells(r) for r in results)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 

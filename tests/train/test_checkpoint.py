@@ -102,18 +102,17 @@ def _flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"]
-)
-@pytest.mark.parametrize("damage", [_cut, Path.unlink, _flip])
+_FILES = ["model.safetensors", "optimizer.safetensors", "rng-0.safetensors"]
+_DAMAGES = [(name, damage) for damage in (_cut, Path.unlink, _flip) for name in _FILES]
+
+
+@pytest.mark.parametrize(("name", "damage"), [*_DAMAGES, ("state.json", _cut), ("state.json", Path.unlink)])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, name, damage):
     training = Training(0)
     for _ in range(2):
         training.steps(1)
         training.save(tmp_path)
     damage(tmp_path / "checkpoint-2" / name)
-    if (name, damage) == ("state.json", _flip):
-        pytest.skip("a flipped bit of state.json may fall on a space")
     assert newest_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-1"
 
 
