@@ -16,8 +16,11 @@ from setuptools import Extension, find_packages, setup
 SOURCES = [
     "csrc/cpu/module.cpp",
     "csrc/cpu/capability.cpp",
-    "csrc/cpu/kd_loss.cpp",
+    "csrc/cpu/attention_kl.cpp",
+    "csrc/cpu/attention_mse.cpp",
     "csrc/cpu/cosine_loss.cpp",
+    "csrc/cpu/hidden_mse.cpp",
+    "csrc/cpu/kd_loss.cpp",
     "csrc/cpu/scale_grad.cpp",
     "csrc/cpu/kernels_avx512.cpp",
     "csrc/cpu/kernels_avx2.cpp",
@@ -25,11 +28,18 @@ SOURCES = [
 ]
 HEADERS = [
     "csrc/common.h",
+    "csrc/cpu/attention.h",
+    "csrc/cpu/attention_kl_tiles.h",
+    "csrc/cpu/attention_mse_tiles.h",
     "csrc/cpu/cosine_loss_rows.h",
+    "csrc/cpu/hidden_mse_rows.h",
     "csrc/cpu/kd_loss_rows.h",
     "csrc/cpu/kernel_table.h",
     "csrc/cpu/kernels.h",
+    "csrc/cpu/pair_rows.h",
+    "csrc/cpu/rows.h",
     "csrc/cpu/scale_grad_rows.h",
+    "csrc/cpu/tiles.h",
     "csrc/cpu/vec.h",
 ]
 FLAGS = ["-std=c++17", "-O2", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]

@@ -4,7 +4,15 @@ Importing this package imports torch and nothing heavier.
 """
 
 from fastdistil import functional, nn
-from fastdistil.functional import cosine_loss, kd_loss, linear_kd_loss
+from fastdistil.functional import (
+    attention_kl,
+    attention_mse,
+    cosine_loss,
+    hidden_mse,
+    kd_loss,
+    linear_kd_loss,
+    relation_kl,
+)
 from fastdistil.nn import CosineLoss, KDLoss, LinearKDLoss
 
 __version__ = "0.1.0"
@@ -14,9 +22,13 @@ __all__ = [
     "KDLoss",
     "LinearKDLoss",
     "__version__",
+    "attention_kl",
+    "attention_mse",
     "cosine_loss",
     "functional",
+    "hidden_mse",
     "kd_loss",
     "linear_kd_loss",
     "nn",
+    "relation_kl",
 ]

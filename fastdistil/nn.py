@@ -86,13 +86,18 @@ class LinearKDLoss(_VocabularyLoss):
         )
 
 
-class CosineLoss(nn.Module):
-    """`functional.cosine_loss` as a module."""
-
+class _ReducedLoss(nn.Module):
     def __init__(self, *, reduction: str = "mean") -> None:
         super().__init__()
         checks.check_choice("reduction", reduction, checks.REDUCTIONS)
         self.reduction = reduction
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}"
+
+
+class CosineLoss(_ReducedLoss):
+    """`functional.cosine_loss` as a module."""
 
     def forward(
         self,
@@ -102,5 +107,100 @@ class CosineLoss(nn.Module):
     ) -> Tensor:
         return F.cosine_loss(student_hidden, teacher_hidden, mask, reduction=self.reduction)
 
+
+class HiddenMSE(_ReducedLoss):
+    """`functional.hidden_mse` as a module. The projection belongs to the caller, as a rule a
+    `torch.nn.Linear`, whose weight and bias are passed to each call."""
+
+    def __init__(self, *, normalize: bool = False, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.normalize = normalize
+
+    def forward(
+        self,
+        student_hidden: Tensor,  # (..., Ds)
+        teacher_hidden: Tensor,  # (..., D)
+        projection: Tensor | None = None,  # (D, Ds)
+        bias: Tensor | None = None,  # (D,)
+        mask: Tensor | None = None,  # (...)
+    ) -> Tensor:
+        return F.hidden_mse(
+            student_hidden,
+            teacher_hidden,
+            projection,
+            bias,
+            mask,
+            normalize=self.normalize,
+            reduction=self.reduction,
+        )
+
     def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
+        return f"normalize={self.normalize!r}, {super().extra_repr()}"
+
+
+class _AttentionLoss(_ReducedLoss):
+    def __init__(
+        self,
+        *,
+        student_scale: float | None = None,
+        teacher_scale: float | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(reduction=reduction)
+        self.scales = {"student_scale": student_scale, "teacher_scale": teacher_scale}
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            [*(f"{name}={scale!r}" for name, scale in self.scales.items()), super().extra_repr()]
+        )
+
+
+class AttentionMSE(_AttentionLoss):
+    """`functional.attention_mse` as a module."""
+
+    def forward(
+        self,
+        student_q: Tensor,  # (B, H, L, ds)
+        student_k: Tensor,  # (B, H, L, ds)
+        teacher_q: Tensor,  # (B, H, L, dt)
+        teacher_k: Tensor,  # (B, H, L, dt)
+        mask: Tensor | None = None,  # (B, L) or (B, L, L)
+    ) -> Tensor:
+        return F.attention_mse(
+            student_q, student_k, teacher_q, teacher_k, mask, reduction=self.reduction, **self.scales
+        )
+
+
+class AttentionKL(_AttentionLoss):
+    """`functional.attention_kl` as a module."""
+
+    def forward(
+        self,
+        student_q: Tensor,  # (B, H, L, ds)
+        student_k: Tensor,  # (B, H, L, ds)
+        teacher_q: Tensor,  # (B, H, L, dt)
+        teacher_k: Tensor,  # (B, H, L, dt)
+        mask: Tensor | None = None,  # (B, L) or (B, L, L)
+    ) -> Tensor:
+        return F.attention_kl(
+            student_q, student_k, teacher_q, teacher_k, mask, reduction=self.reduction, **self.scales
+        )
+
+
+class RelationKL(_ReducedLoss):
+    """`functional.relation_kl` as a module: `RelationKL(48)(student_values, teacher_values, mask)`."""
+
+    def __init__(self, num_heads: int, *, reduction: str = "mean") -> None:
+        super().__init__(reduction=reduction)
+        self.num_heads = num_heads
+
+    def forward(
+        self,
+        student_states: Tensor,  # (B, L, Ds)
+        teacher_states: Tensor,  # (B, L, Dt)
+        mask: Tensor | None = None,  # (B, L)
+    ) -> Tensor:
+        return F.relation_kl(student_states, teacher_states, self.num_heads, mask, reduction=self.reduction)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_heads}, {super().extra_repr()}"

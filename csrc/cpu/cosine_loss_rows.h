@@ -5,24 +5,14 @@
 // with eps = 1e-8 as torch.nn.functional.cosine_similarity has it; below eps the norm of s is a constant.
 #pragma once
 
-#include "vec.h"
+#include "rows.h"
 
 namespace fastdistil::FASTDISTIL_SET {
 
 constexpr double kCosineEps = 1e-8;
 
 template <class Acc>
-FASTDISTIL_INLINE const Acc* load_piece(const void* row, Dtype dtype, int64_t begin, int64_t n, Acc* staging) {
-  constexpr int W = Lanes<Acc>::count;
-  const void* source = static_cast<const char*>(row) + begin * dtype_size(dtype);
-  if (is_acc<Acc>(dtype) && n % W == 0) return static_cast<const Acc*>(source);
-  to_acc(source, dtype, n, staging);
-  for (int64_t i = n; i < (n + W - 1) / W * W; ++i) staging[i] = 0;
-  return staging;
-}
-
-template <class Acc>
-void cosine_loss_row(CosineLossRow& row) {
+void cosine_loss_row(PairRow& row) {
   using V = Vec<Acc>;
   constexpr int W = Lanes<Acc>::count;
   alignas(64) Acc student[kBlock];

@@ -47,7 +47,8 @@ struct KdLossRow {
   double ce;
 };
 
-struct CosineLossRow {
+// A row of hidden states of both models, for cosine_loss and hidden_mse.
+struct PairRow {
   const void* student;  // (D,)
   const void* teacher;  // (D,)
   void* grad;           // (D,) or null
@@ -55,20 +56,116 @@ struct CosineLossRow {
   Dtype teacher_dtype;
   Dtype grad_dtype;
   int64_t D;
+  bool normalize;  // hidden_mse: of directions
   double scale;
   double loss;  // result, not weighted
 };
+
+constexpr int64_t pad_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The attention losses pad packed vectors to kPad elements and pack keys in panels of kPanel; both are whole vectors in
+// every instruction set.
+constexpr int64_t kPad = 16;
+constexpr int64_t kPanel = 32;
+// A tile of scores: 48 queries, a multiple of the rows that the inner products take at a time, by 256 keys. Two tiles
+// of float and the panels of 256 keys stay in the second-level cache.
+constexpr int64_t kTileQueries = 48;
+constexpr int64_t kTileKeys = 256;
+
+// Queries or keys of one sequence and head; a token's d elements are contiguous.
+struct Tokens {
+  const char* data;
+  int64_t pitch;  // bytes from token to token
+  Dtype dtype;
+  int64_t d;
+};
+
+struct MutableTokens {
+  char* data;
+  int64_t pitch;
+  Dtype dtype;
+  int64_t d;
+};
+
+// What attention_kl reads of one sequence and head. Numbers "of a token" are indexed by its place in the sequence.
+struct AttentionKlHead {
+  Tokens student_q, student_k, teacher_q, teacher_k;
+  double student_scale, teacher_scale;
+  const int64_t* queries;  // (num_queries,), the tokens that count as queries of this task, ascending
+  int64_t num_queries;
+  const int64_t* keys;  // (num_keys,), the tokens that count as keys
+  int64_t num_keys;
+  const bool* pairs;  // (L, L), or null: all pairs of these queries and keys
+  int64_t L;
+};
+
+// (L,) each, in the accumulation type.
+struct AttentionKlRows {
+  void* kl;
+  void* student_lse;
+  void* teacher_lse;
+};
+
+struct AttentionKlGrads {
+  const void* weight;       // (L,) in the accumulation type
+  const void* student_lse;  // (L,)
+  const void* teacher_lse;  // (L,)
+  MutableTokens grad_q;     // written at the queries of the task
+  void* grad_k;             // (num_keys, pad_to(ds, kPad)) in the accumulation type, written
+};
+
+// The scratch of one thread in elements of the accumulation type, for up to L queries and keys.
+constexpr int64_t attention_kl_scratch(int64_t L, int64_t ds, int64_t dt) {
+  const int64_t student = pad_to(ds, kPad), teacher = pad_to(dt, kPad);
+  const int64_t panels = pad_to(L, kPanel) * (student + teacher);
+  const int64_t tiles = 2 * kTileQueries * kTileKeys + kTileQueries * (student + teacher);
+  const int64_t rows = L * (3 * student + teacher);  // keys, queries and a gradient of the backward
+  return panels + tiles + rows + student + teacher;
+}
+
+// One sequence and head of attention_mse.
+struct AttentionMseHead {
+  Tokens student_q, student_k, teacher_q, teacher_k;
+  double student_scale, teacher_scale;
+  const int64_t* tokens;  // (num_tokens,), those that count
+  int64_t num_tokens;
+  const void* weight;      // of the queries: (L,) in the accumulation type, or one number
+  int64_t weight_stride;   // 1 or 0
+  bool with_grad;
+  MutableTokens grad_q, grad_k;
+  double loss;  // result
+};
+
+// Tokens that attention_mse packs at a time.
+constexpr int64_t kMseTokens = 96;
+
+// The scratch of one thread in doubles: Gram matrices and their student's columns; packed tokens of X, W X and Y; a
+// block of a gradient.
+constexpr int64_t attention_mse_scratch(int64_t ds, int64_t dt) {
+  const int64_t D = pad_to(ds + dt, kPanel);
+  return 2 * D * D + 2 * D * pad_to(ds, kPad) + kMseTokens * (3 * D + pad_to(ds, kPad)) + D;
+}
 
 struct Kernels {
   const char* name;
   // The accumulation type is float, and double for float64 students.
   void (*kd_loss_row_float)(const KdLossProblem&, KdLossRow&, void* scratch);
   void (*kd_loss_row_double)(const KdLossProblem&, KdLossRow&, void* scratch);
-  void (*cosine_loss_row_float)(CosineLossRow&);
-  void (*cosine_loss_row_double)(CosineLossRow&);
+  void (*cosine_loss_row_float)(PairRow&);
+  void (*cosine_loss_row_double)(PairRow&);
+  void (*hidden_mse_row_float)(PairRow&);
+  void (*hidden_mse_row_double)(PairRow&);
+  void (*attention_kl_forward_float)(const AttentionKlHead&, const AttentionKlRows&, void* scratch);
+  void (*attention_kl_forward_double)(const AttentionKlHead&, const AttentionKlRows&, void* scratch);
+  void (*attention_kl_backward_float)(const AttentionKlHead&, const AttentionKlGrads&, void* scratch);
+  void (*attention_kl_backward_double)(const AttentionKlHead&, const AttentionKlGrads&, void* scratch);
+  void (*attention_mse_head_float)(AttentionMseHead&, void* scratch);
+  void (*attention_mse_head_double)(AttentionMseHead&, void* scratch);
   void (*scale_row)(void* row, Dtype dtype, int64_t D, double scale);
   void (*convert_to_float)(const void* source, Dtype dtype, int64_t n, float* target);
   void (*convert_to_double)(const void* source, Dtype dtype, int64_t n, double* target);
+  void (*convert_from_float)(const float* source, int64_t n, Dtype dtype, void* target);
+  void (*convert_from_double)(const double* source, int64_t n, Dtype dtype, void* target);
 };
 
 // The first two are null where the compiler does not target x86-64.

@@ -1,6 +1,15 @@
 """The operators: one file an op, with its schema, eager reference, fake, gradient and public function."""
 
-from fastdistil.ops import cosine_loss, kd_loss, linear_kd_loss, scale_grad
+from fastdistil.ops import (
+    attention_kl,
+    attention_mse,
+    cosine_loss,
+    hidden_mse,
+    kd_loss,
+    linear_kd_loss,
+    relation_kl,
+    scale_grad,
+)
 from fastdistil.ops.registry import Implementation, implementations, load_extension
 
 # After the schemas: the extension registers kernels for ops that must exist.
@@ -8,9 +17,13 @@ load_extension()
 
 __all__ = [
     "Implementation",
+    "attention_kl",
+    "attention_mse",
     "cosine_loss",
+    "hidden_mse",
     "implementations",
     "kd_loss",
     "linear_kd_loss",
+    "relation_kl",
     "scale_grad",
 ]

@@ -64,10 +64,14 @@ def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], why: str) -> 
         raise ValueError(f"{name} must have shape {tuple(shape)} ({why}), got {tuple(tensor.shape)}")
 
 
-def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """The mask, true where a row counts, as a bool vector (N,). Accepts bool or integers 0/1."""
+def check_mask_dtype(name: str, mask: Tensor) -> None:
     if mask.dtype is not torch.bool and mask.dtype not in _INTEGERS:
         raise ValueError(f"{name} must be bool or integer 0/1, got {mask.dtype}")
+
+
+def check_mask(name: str, mask: Tensor, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """The mask, true where a row counts, as a bool vector (N,). Accepts bool or integers 0/1."""
+    check_mask_dtype(name, mask)
     check_shape(name, mask, shape, "one value a row")
     check_device(name, mask, device)
     return mask.reshape(-1).bool()

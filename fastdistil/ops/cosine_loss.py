@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdistil.ops import checks
 from fastdistil.ops.registry import define
 from fastdistil.ops.scale_grad import refuse_double_backward, upstream_times
-from fastdistil.ops.terms import accumulation_dtype, as_rows, saved_grad_dtype
+from fastdistil.ops.terms import accumulation_dtype, as_rows, at_least_one, saved_grad_dtype, sum_rows
 
 SCHEMA = """cosine_loss_fwd(
     Tensor student, Tensor teacher, Tensor? mask, Tensor scale, bool reduce, bool with_grad
@@ -46,9 +46,7 @@ def cosine_loss_ref(
         along_teacher = inverse_s * inverse_t * scale
         rows = s * along_student.unsqueeze(-1) - t * along_teacher.unsqueeze(-1)
         grad.copy_(rows if mask is None else torch.where(mask.unsqueeze(-1), rows, 0.0))
-    if not reduce:
-        return loss, grad
-    return loss.sum(dtype=torch.float64 if loss.device.type in ("cpu", "cuda") else None).to(dtype), grad
+    return (sum_rows(loss) if reduce else loss), grad
 
 
 def _empty_grad(student: Tensor, with_grad: bool) -> Tensor:
@@ -128,8 +126,7 @@ def cosine_loss(
     dtype = accumulation_dtype(student_hidden.dtype)
     scale = torch.ones((), device=device, dtype=dtype)
     if reduction == "mean":
-        rows = math.prod(shape) if mask is None else mask.sum().to(dtype)
-        scale = scale / (rows.clamp(min=1) if isinstance(rows, Tensor) else max(rows, 1))
+        scale = scale / at_least_one(math.prod(shape) if mask is None else mask.sum())
     loss, _ = torch.ops.fastdistil.cosine_loss_fwd(
         as_rows(student_hidden),
         as_rows(teacher_hidden.detach()),

@@ -21,6 +21,7 @@ from fastdistil.ops.terms import (
     DIVERGENCES,
     accumulation_dtype,
     as_rows,
+    autocast,
     check_settings,
     combine_rows,
     prepare_terms,
@@ -250,7 +251,12 @@ def _fake(
     return loss, rows, torch.empty_like(rows), *grads
 
 
-define(SCHEMA, eager=linear_kd_loss_impl, fake=_fake)
+define(
+    SCHEMA,
+    eager=linear_kd_loss_impl,
+    fake=_fake,
+    composed="PyTorch matrix products, {kd_loss_fwd_} between them",
+)
 
 _TENSORS = 10
 _INPUTS = 20
@@ -422,7 +428,7 @@ def linear_kd_loss(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be > 0, got {chunk_size}")
 
-    student_hidden, teacher_hidden = _autocast(student_hidden), _autocast(teacher_hidden)
+    student_hidden, teacher_hidden = autocast(student_hidden), autocast(teacher_hidden)
     terms = prepare_terms(
         labels,
         kd_mask,
@@ -461,14 +467,6 @@ def linear_kd_loss(
         compute_grads and student_bias is not None and student_bias.requires_grad,
     )
     return terms.outputs(reduction, shape, loss, kd, ce, return_terms)
-
-
-def _autocast(hidden: Tensor) -> Tensor:
-    """The hidden states as a linear layer would take them under autocast."""
-    kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return hidden
-    return hidden.to(torch.get_autocast_dtype(kind))
 
 
 def _check_head(model: str, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import platform
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastdistil.ops.terms import accumulation_dtype
+
+
+def native_bf16_products(device: torch.device) -> bool:
+    """Whether `device` has instructions for matrix products in bfloat16, which makes them faster than float32.
+
+    An x86 CPU has them with AVX512-BF16 or AMX; oneDNN calls bfloat16 supported on any with AVX-512, where it
+    emulates the products at a fraction of float32's speed.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 class Precision(NamedTuple):
@@ -26,11 +44,7 @@ def precision(hidden: Tensor) -> Precision:
         return Precision(hidden.dtype, hidden.dtype)
     if hidden.device.type == "cuda":
         return Precision(hidden.dtype, torch.float32)
-    if (
-        hidden.device.type == "cpu"
-        and hidden.dtype is torch.bfloat16
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    ):
+    if hidden.device.type == "cpu" and hidden.dtype is torch.bfloat16 and native_bf16_products(hidden.device):
         return Precision(torch.bfloat16, torch.bfloat16)
     return Precision(torch.float32, torch.float32)
 
@@ -56,3 +70,13 @@ def add_mm(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         out.copy_(torch.mm(a, b))
     else:
         out.add_(torch.mm(a, b))
+
+
+def unrounded_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b of operands in `dtype`, in its accumulation dtype; where the device cannot do that, of operands
+    in the accumulation dtype."""
+    accumulator = accumulation_dtype(dtype)
+    with torch.autocast(a.device.type, enabled=False):
+        if dtype != accumulator and a.device.type == "cuda":
+            return torch.mm(a.to(dtype), b.to(dtype), out_dtype=accumulator)
+        return a.to(accumulator) @ b.to(accumulator)

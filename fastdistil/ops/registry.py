@@ -8,7 +8,9 @@ to import.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -19,7 +21,8 @@ NAMESPACE = "fastdistil"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 HAS_TRITON = find_spec("triton") is not None
 
-_defined: list[str] = []
+# Op -> what it is composed of; None: it has kernels of its own.
+_defined: dict[str, str | None] = {}
 _extension_error: str | None = None
 
 
@@ -39,19 +42,34 @@ def define(
     eager: Callable[..., Any],
     fake: Callable[..., Any],
     kernel: str | None = None,
+    composed: str | None = None,
 ) -> None:
     """Define an op with its eager reference and its fake (shapes only) implementation.
 
     `kernel` names the module of `fastdistil.kernels` that has a Triton launcher with the name and signature
-    of the op.
+    of the op. `composed` says what an op is made of that needs no kernel of its own; "{op}" in it stands for
+    the implementation of that op.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(eager), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if kernel is not None and HAS_TRITON:
         LIBRARY.impl(name, _lazy_launcher(name, kernel), "CUDA")
-    _defined.append(name)
+    _defined[name] = composed
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its products in the dtypes that it was given: autocast acts on what is passed to an op,
+    and not inside it."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        device = next(arg.device.type for arg in args if isinstance(arg, torch.Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args)
+
+    return call
 
 
 def _lazy_launcher(name: str, kernel: str) -> Callable[..., Any]:
@@ -82,8 +100,8 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def _on_cpu(name: str) -> Implementation:
-    if _is_composed(name):
-        return _composed(name, _on_cpu("kd_loss_fwd_"))
+    if (composed := _defined[name]) is not None:
+        return _composed(name, composed, "cpu", _on_cpu)
     if _has_kernel(name, "CPU"):
         extension = importlib.import_module("fastdistil._C")
         return Implementation(name, "cpu", f"C++ ({extension.cpu_capability()})", "")
@@ -98,20 +116,19 @@ def _on_cuda(name: str) -> Implementation:
         built = torch.backends.cuda.is_built()
         reason = "no CUDA device is visible" if built else "this torch build has no CUDA"
         return Implementation(name, "cuda", "none", reason)
-    if _is_composed(name):
-        return _composed(name, _on_cuda("kd_loss_fwd_"))
+    if (composed := _defined[name]) is not None:
+        return _composed(name, composed, "cuda", _on_cuda)
     if _has_kernel(name, "CUDA"):
         return Implementation(name, "cuda", "Triton", "")
     reason = "Triton has no kernel for this op" if HAS_TRITON else "Triton is not installed"
     return Implementation(name, "cuda", "eager PyTorch", reason)
 
 
-def _is_composed(name: str) -> bool:
-    return name.startswith("linear_")
-
-
-def _composed(name: str, chunk: Implementation) -> Implementation:
-    """An op that is PyTorch's matrix products with the in-place op on each chunk of logits."""
-    return chunk._replace(
-        op=name, implementation=f"PyTorch matrix products, {chunk.implementation} between them"
-    )
+def _composed(
+    name: str, description: str, device: str, serves: Callable[[str], Implementation]
+) -> Implementation:
+    part = re.search(r"{(\w+)}", description)
+    if part is None:
+        return Implementation(name, device, description, "")
+    inner = serves(part[1])
+    return inner._replace(op=name, implementation=description.replace(part[0], inner.implementation))

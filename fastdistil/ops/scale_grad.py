@@ -46,8 +46,13 @@ def upstream_times(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
         # The upstream gradient is rounded to a low precision only with the product.
         factor = upstream if upstream.dim() == 0 else upstream.unsqueeze(-1)
         return (grad * factor).to(dtype)
-    torch.ops.fastdistil.scale_grad_(grad if grad.dim() == 2 else grad.unsqueeze(0), upstream)
+    torch.ops.fastdistil.scale_grad_(grad if grad.dim() == 2 else _as_one_row(grad), upstream)
     return grad.to(dtype)
+
+
+def _as_one_row(grad: Tensor) -> Tensor:
+    """The memory of a gradient that was allocated densely, in whatever order of its dimensions."""
+    return grad.as_strided((1, grad.numel()), (grad.numel(), 1))
 
 
 def refuse_double_backward(op: str) -> None:

@@ -27,13 +27,25 @@ def saved_grad_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.float16 else dtype
 
 
+def wide_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """float64 where the device has it, for sums whose parts cancel; else the accumulation dtype."""
+    return torch.float64 if device.type in ("cpu", "cuda") else accumulation_dtype(dtype)
+
+
+def sum_rows(rows: Tensor) -> Tensor:
+    """The sum of per-row values; they are few, so it is exact to float64 where there is one."""
+    return rows.sum(dtype=wide_dtype(rows.device, rows.dtype)).to(rows.dtype)
+
+
+def at_least_one(count: Tensor | int) -> Tensor | int:
+    """What a mean divides by: where nothing counts, the sum is 0 and so is the mean."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
+
+
 def combine_rows(kd: Tensor, ce: Tensor, kd_scale: Tensor, ce_scale: Tensor, reduce: bool) -> Tensor:
-    """kd_scale * kd + ce_scale * ce, per row or summed; rows are few, so the sum is exact to float64 where
-    there is one."""
+    """kd_scale * kd + ce_scale * ce, per row or summed."""
     loss = kd_scale * kd + ce_scale * ce
-    if not reduce:
-        return loss
-    return loss.sum(dtype=torch.float64 if loss.device.type in ("cpu", "cuda") else None).to(loss.dtype)
+    return sum_rows(loss) if reduce else loss
 
 
 class Terms(NamedTuple):
@@ -80,18 +92,14 @@ def prepare_terms(
     rows = math.prod(shape)
     if kd_mask is not None:
         kd_mask = checks.check_mask("kd_mask", kd_mask, shape, device)
-    kd_rows: Tensor | int = max(rows, 1)
+    kd_rows: Tensor | int = at_least_one(rows if kd_mask is None else kd_mask.sum())
     ce_rows: Tensor | int = 1
     if labels is not None:
         labels = checks.check_labels(labels, shape, device, vocabulary, ignore_index)
         labelled = labels != ignore_index
-        ce_rows = labelled.sum().clamp(min=1)
+        ce_rows = at_least_one(labelled.sum())
         if kd_mask is None:
             kd_mask, kd_rows = labelled, ce_rows
-        else:
-            kd_rows = kd_mask.sum().clamp(min=1)
-    elif kd_mask is not None:
-        kd_rows = kd_mask.sum().clamp(min=1)
 
     # A term that is multiplied by a constant 0 and that nobody looks at is not worth an exponential a logit.
     if not return_terms and isinstance(ce_weight, float | int) and ce_weight == 0:
@@ -128,6 +136,14 @@ def check_settings(
     checks.check_open_unit("jsd_beta", jsd_beta)
     checks.check_label_smoothing(label_smoothing)
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+
+
+def autocast(hidden: Tensor) -> Tensor:
+    """The hidden states as a linear layer would take them under autocast."""
+    kind = hidden.device.type
+    if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return hidden
+    return hidden.to(torch.get_autocast_dtype(kind))
 
 
 def as_rows(tensor: Tensor) -> Tensor:

@@ -13,13 +13,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdistil.ops import cosine_loss, kd_loss, scale_grad
+from fastdistil.ops import attention_kl, attention_mse, cosine_loss, hidden_mse, kd_loss, scale_grad
+from fastdistil.ops.registry import without_autocast
 
 REFERENCES = {
     "kd_loss_fwd": kd_loss.kd_loss_ref,
     "kd_loss_fwd_": kd_loss.kd_loss_ref_,
     "cosine_loss_fwd": cosine_loss.cosine_loss_ref,
+    "hidden_mse_fwd": hidden_mse.hidden_mse_ref,
+    "attention_kl_fwd": attention_kl.attention_kl_fwd_ref,
+    "attention_kl_bwd": attention_kl.attention_kl_bwd_ref,
+    "attention_mse_fwd": attention_mse.attention_mse_ref,
     "scale_grad_": scale_grad.scale_grad_ref_,
+}
+# The module of fastdistil.kernels with the Triton launcher of each op.
+KERNELS = {
+    "kd_loss_fwd": "kd_loss",
+    "kd_loss_fwd_": "kd_loss",
+    "cosine_loss_fwd": "cosine_loss",
+    "hidden_mse_fwd": "hidden_mse",
+    "attention_kl_fwd": "attention_kl",
+    "attention_kl_bwd": "attention_kl",
+    "attention_mse_fwd": "attention_mse",
+    "scale_grad_": "scale_grad",
 }
 
 
@@ -43,7 +59,9 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.importorskip("fastdistil._C", reason="the C++ extension is not built", exc_type=ImportError)
         yield "cpp"
         return
-    overrides: dict[str, Callable[..., Any]] = REFERENCES
+    overrides: dict[str, Callable[..., Any]] = {
+        name: without_autocast(reference) for name, reference in REFERENCES.items()
+    }
     if request.param == "triton":
         pytest.importorskip("triton")
         overrides = {} if torch.cuda.is_available() else _launchers()
@@ -57,14 +75,9 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def _launchers() -> dict[str, Callable[..., Any]]:
-    kd = importlib.import_module("fastdistil.kernels.kd_loss")
-    cosine = importlib.import_module("fastdistil.kernels.cosine_loss")
-    scale = importlib.import_module("fastdistil.kernels.scale_grad")
     return {
-        "kd_loss_fwd": kd.kd_loss_fwd,
-        "kd_loss_fwd_": kd.kd_loss_fwd_,
-        "cosine_loss_fwd": cosine.cosine_loss_fwd,
-        "scale_grad_": scale.scale_grad_,
+        op: getattr(importlib.import_module(f"fastdistil.kernels.{module}"), op)
+        for op, module in KERNELS.items()
     }
 
 
