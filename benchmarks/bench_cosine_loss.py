@@ -7,7 +7,7 @@ memory.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -27,6 +27,9 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.dim}-{self.dtype}"
+
+    def small(self) -> Self:
+        return dataclasses.replace(self, rows=min(self.rows, 32))
 
 
 CPU = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -33,6 +33,9 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.vocab}-{self.dtype}-{self.divergence}{'-ce' if self.ce else ''}"
+
+    def small(self) -> Self:
+        return dataclasses.replace(self, rows=min(self.rows, 32))
 
 
 CPU = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -35,6 +35,9 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.dim}-{self.dtype}{'' if self.ce_and_bias else '-kl-only'}"
+
+    def small(self) -> Self:
+        return dataclasses.replace(self, rows=min(self.rows, 32))
 
 
 CPU = [

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Variant, Work, cases, compare, device, native_bf16
+from harness import Variant, Work, cases, compare, device, matrix_rate, native_bf16
 from records import ORIGINAL, OURS, VOCAB
 from torch import nn
 
@@ -249,21 +249,6 @@ def build(case: Case) -> Work:
     if case.positions == "masked":
         work.variants["plain PyTorch, rows gathered"] = gathered_step(teacher, student(), batch, dtype)
     return work
-
-
-def matrix_rate() -> float:
-    """FLOP/s of one large bfloat16 product on the GPU, for the share that a step reaches."""
-    size = 8192
-    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(10):
-        a @ b
-    end.record()
-    end.synchronize()
-    return 10 * 2 * size**3 / (start.elapsed_time(end) / 1e3)
 
 
 @pytest.mark.parametrize("case", cases(GPU if device().type == "cuda" else CPU, QUICK), ids=str)

@@ -46,6 +46,7 @@ class Work:
     bytes_moved: int | None = None  # that the work cannot avoid
     flops: int | None = None  # of the matrix products that the work cannot avoid
     tokens: int | None = None
+    gradient_bytes: int | None = None  # of the gradients, which nobody's peak memory can do without
     compiled: frozenset[str] = frozenset()  # variants that compile for one shape on their first call
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)  # rival -> why it is not measured here
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -68,6 +69,21 @@ def cases(full: Sequence[C], quick: Sequence[C]) -> Sequence[C]:
 def native_bf16() -> bool:
     """Whether bfloat16 matrix products are fast here: a CPU without the instructions is 50 times slower."""
     return device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def matrix_rate() -> float:
+    """FLOP/s of one large bfloat16 product on the GPU, for the share that a case reaches."""
+    size = 8192
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(10):
+        a @ b
+    end.record()
+    end.synchronize()
+    return 10 * 2 * size**3 / (start.elapsed_time(end) / 1e3)
 
 
 def compiled(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -173,7 +189,7 @@ def resident(key: str) -> int:
 
 
 def cpu_peaks(work: Work, small: Work) -> dict[str, int]:
-    """As `cuda_peaks`, from the resident set. `small`, the same on few rows, loads the libraries."""
+    """As `cuda_peaks`, from the resident set. `small`, the same on small inputs, loads the libraries."""
     peaks = {}
     for name, variant in work.variants.items():
         (variant if name in work.compiled else small.variants[name])()
@@ -209,7 +225,8 @@ def compare(
 
     `benchmark_name` names the file, bench_NAME.py, whose `Case` and `build` the memory process imports;
     `op` is the one that does the work (`linear_kd_loss` is matrix products around `kd_loss`'s kernels).
-    Memory is measured where the case has `memory=True`, and on a GPU, where it costs nothing, always.
+    Memory is measured where the case has `memory=True` (it then has a `small()` one like it), and on a GPU,
+    where it costs nothing, always.
     """
     load = os.getloadavg()[0]
     work = build(case)
@@ -230,6 +247,7 @@ def compare(
         bytes_moved=work.bytes_moved,
         flops=work.flops,
         tokens=work.tokens,
+        gradient_bytes=work.gradient_bytes,
         variants={
             name: records.summary(taken, seconds[OURS])
             | {"peak_bytes": peaks.get(name), "gradient_difference": differences.get(name)}
@@ -248,8 +266,8 @@ def compare(
 def main() -> None:
     module_name, case, names = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
     module = importlib.import_module(module_name)
-    whole = module.build(module.Case(**case))
-    small = module.build(module.Case(**case | {"rows": min(case["rows"], 32)}))
+    whole_case = module.Case(**case)
+    whole, small = module.build(whole_case), module.build(whole_case.small())
     # The last one built owns torch.compile's caches, so the compiled variants are warmed by running them.
     whole.variants = {name: whole.variants[name] for name in names}
     print(json.dumps(cpu_peaks(whole, small)))

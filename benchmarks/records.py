@@ -27,8 +27,16 @@ OURS = "fastdistil"
 THREE_PASSES = "torch.add (three passes)"
 TWO_PASSES = "copy (two passes)"
 FOUR_PRODUCTS = "four bare matrix products"
+THREE_PRODUCTS = "three bare matrix products"
+GRAM_PRODUCTS = "bare Gram products"
+GRAM = "Gram identity in plain PyTorch"
+ROW_BLOCKS = "row blocks, recomputed"
+FLASH = "composed of flash passes"
+QUARTER = "fastdistil at a quarter of the length"
 LIGER_JSD = "Liger, fused linear JSD"
 ORIGINAL = "original step"
+OUTPUT_ATTENTIONS = "output_attentions, relation maps"
+HOOKS = "SDPA with hooks, compiled relation maps"
 VOCAB = 30522  # of BERT
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl")
 
@@ -45,6 +53,7 @@ class Record:
     variants: dict[str, dict[str, Any]]  # summary(), peak_bytes, gradient_difference
     skipped: dict[str, str]
     notes: dict[str, Any]
+    gradient_bytes: int | None = None  # None in records that were made without it
 
 
 def results_dir() -> Path:
@@ -165,7 +174,8 @@ def throughput(record: Record, seconds: float) -> str:
     if record.tokens:
         parts.append(f"{record.tokens / seconds:,.0f} tokens/s")
     if record.flops:
-        parts.append(f"{record.flops / seconds / 1e9:,.0f} GFLOP/s")
+        rate = record.flops / seconds
+        parts.append(f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s")
     if record.bytes_moved:
         parts.append(f"{record.bytes_moved / seconds / 1e9:,.1f} GB/s")
     return ", ".join(parts)
@@ -179,9 +189,9 @@ def describe(record: Record) -> str:
         gap = one["gradient_difference"]
         differs = f"  gradient differs by {gap:.1e}" if gap is not None else ""
         lines.append(
-            f"  {name:36} {one['p50'] * 1e3:10.3f} ms  {one['times_fastdistil']:6.2f}x"
+            f"  {name:40} {one['p50'] * 1e3:10.3f} ms  {one['times_fastdistil']:6.2f}x"
             f"  {throughput(record, one['p50'])}{memory}{bound}{differs}"
         )
-    lines += [f"  {name:36} not measured: {why}" for name, why in record.skipped.items()]
+    lines += [f"  {name:40} not measured: {why}" for name, why in record.skipped.items()]
     lines += [f"  {key}: {value}" for key, value in record.notes.items()]
     return "\n".join(lines)

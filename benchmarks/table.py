@@ -11,6 +11,8 @@ from records import (
     LIGER_JSD,
     ORIGINAL,
     OURS,
+    OUTPUT_ATTENTIONS,
+    QUARTER,
     THREE_PASSES,
     TWO_PASSES,
     VOCAB,
@@ -21,6 +23,17 @@ from records import (
 
 LOSS = {"divergence": "forward_kl", "ce": True, "vocab": VOCAB}
 LINEAR = {"dim": 768, "ce_and_bias": True, "vocab": VOCAB}
+ATTENTION = {
+    "batch": 8,
+    "dtype": "float32",
+    "masked": False,
+    "growth": False,
+    "heads": 12,
+    "student_dim": 32,
+    "teacher_dim": 64,
+}
+# The resident set is not known better than this.
+MEMORY_FLOOR = 1 << 20
 DISTILBERT_HOURS = "90 hours on 8 V100"
 
 
@@ -46,6 +59,18 @@ def slower_than(variant: str) -> Callable[[Record], float]:
 
 def less_memory_than(variant: str) -> Callable[[Record], float]:
     return lambda record: record.variants[variant]["peak_bytes"] / record.variants[OURS]["peak_bytes"]
+
+
+def less_memory_beyond_gradients_than(variant: str) -> Callable[[Record], float]:
+    """Of what is held beside the gradients, which everyone must return."""
+
+    def ratio(record: Record) -> float:
+        theirs, ours = (
+            record.variants[name]["peak_bytes"] - record.gradient_bytes for name in (variant, OURS)
+        )
+        return theirs / max(ours, MEMORY_FLOOR)
+
+    return ratio
 
 
 def share_of_copy_bandwidth(record: Record) -> float:
@@ -82,6 +107,30 @@ def op_goals() -> Iterator[Goal]:
     yield Goal(what, "linear_kd_loss", case, 1.3, against_native_products, at_most=True)
 
 
+def attention_goals() -> Iterator[Goal]:
+    for op, eager, compiled, memory in (("attention_kl", 5, 1.8, 20), ("attention_mse", 12, 5, 50)):
+        case, what = ATTENTION | {"length": 512}, f"{op}, B 8, L 512"
+        yield Goal(f"{what}: eager maps / fastdistil", op, case, eager, faster_than("eager"))
+        yield Goal(f"{what}: compiled maps / fastdistil", op, case, compiled, faster_than("torch.compile"))
+        beyond = f"{what}: extra peak memory without the gradients"
+        for rival, maps in (("eager", "eager maps"), ("torch.compile", "compiled maps")):
+            less = less_memory_beyond_gradients_than(rival)
+            yield Goal(f"{beyond}, {maps} / fastdistil", op, case, memory, less)
+        case, what = ATTENTION | {"length": 128}, f"{op}, B 8, L 128"
+        yield Goal(f"{what}: compiled maps / fastdistil", op, case, 1, faster_than("torch.compile"))
+    case = ATTENTION | {"batch": 2, "length": 2048, "growth": True}
+    what = "attention_mse, B 2: time at L 2048 / time at L 512, linear within 20 %"
+    yield Goal(what, "attention_mse", case, 4 * 1.2, slower_than(QUARTER), at_most=True)
+
+
+def minilm_goals() -> Iterator[Goal]:
+    for precision in ("float32", "bfloat16"):
+        case = {"dim": 384, "batch": 16, "length": 128, "precision": precision, "relation_heads": 48}
+        what = f"minilm training step, {precision}: tokens/s, fastdistil / output_attentions and maps"
+        rival = faster_than(OUTPUT_ATTENTIONS)
+        yield Goal(what, "train_minilm", case | {"vocab": VOCAB}, 1.5, rival)
+
+
 def training_goals() -> Iterator[Goal]:
     for precision, masked, everywhere in (("float32", 5, 2.3), ("bfloat16", 9, 5)):
         case = {"dim": 384, "batch": 16, "length": 128, "precision": precision, "vocab": VOCAB}
@@ -110,10 +159,17 @@ def gpu_goals() -> Iterator[Goal]:
         )
 
 
+def cpu_goals() -> Iterator[Goal]:
+    yield from op_goals()
+    yield from attention_goals()
+    yield from training_goals()
+    yield from minilm_goals()
+
+
 def goals_table(records: Sequence[Record]) -> list[str]:
     lines = ["| what | goal | measured | |", "|---|---|---|---|"]
     on_gpu = records[0].environment["kind"] == "cuda"
-    for goal in gpu_goals() if on_gpu else (*op_goals(), *training_goals()):
+    for goal in gpu_goals() if on_gpu else cpu_goals():
         sign = "at most" if goal.at_most else "at least"
         measured, verdict = "not measured here", ""
         for record in records:
@@ -152,16 +208,21 @@ def times_table(records: Sequence[Record]) -> list[str]:
 
 
 def memory_table(records: Sequence[Record]) -> list[str]:
-    """Extra peak memory in MiB, beyond the inputs, gradients included."""
+    """Extra peak memory in MiB, beyond the inputs, gradients included; and the gradients' own."""
     measured = [record for record in records if record.variants[OURS]["peak_bytes"] is not None]
     if not measured:
         return []
     names = [name for name in dict.fromkeys(n for r in measured for n in r.variants) if name != OURS]
     names = [n for n in names if any(r.variants.get(n, {}).get("peak_bytes") is not None for r in measured)]
+    titles = [OURS, *names]
+    if any(record.gradient_bytes for record in measured):
+        titles.append("the gradients alone")
     lines = ["", "Extra peak memory, MiB (gradients included):", ""]
-    lines += [f"| case | {OURS} | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
+    lines += ["| case | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for record in measured:
         peaks = [record.variants.get(name, {}).get("peak_bytes") for name in [OURS, *names]]
+        if len(titles) > len(peaks):
+            peaks.append(record.gradient_bytes)
         cells = ["" if peak is None else f"{peak / 2**20:,.0f}" for peak in peaks]
         lines.append(f"| {case_name(record)} | " + " | ".join(cells) + " |")
     return lines
@@ -181,11 +242,25 @@ def gradient_gaps(records: Sequence[Record]) -> list[str]:
     return [f"Largest relative L2 distance of a gradient from fastdistil's: {parts}."]
 
 
+def matrix_share(records: Sequence[Record]) -> list[str]:
+    """What share of the GPU's matrix rate the ops reach."""
+    lines = []
+    for record in records:
+        if "matrix_flops_per_second" in record.notes and record.flops and not record.tokens:
+            rate = record.flops / record.variants[OURS]["p50"]
+            share = rate / record.notes["matrix_flops_per_second"]
+            lines.append(
+                f"- {case_name(record)}: {rate / 1e12:,.1f} TFLOP/s of the products that cannot be avoided, "
+                f"{share:.0%} of the rate of a large bfloat16 product."
+            )
+    return lines
+
+
 def paper_run(records: Sequence[Record]) -> list[str]:
     """What the GPU steps mean: share of the matrix rate, and hours of DistilBERT's pretraining."""
     lines = []
     for record in records:
-        if "matrix_flops_per_second" in record.notes and record.flops and record.tokens:
+        if "paper_tokens" in record.notes and record.flops and record.tokens:
             seconds = record.variants[OURS]["p50"]
             share = record.flops / seconds / record.notes["matrix_flops_per_second"]
             hours = record.notes["paper_tokens"] / (record.tokens / seconds) / 3600
@@ -208,6 +283,8 @@ def page(records: Sequence[Record]) -> str:
     implementations = ", ".join(dict.fromkeys(record.environment["implementation"] for record in records))
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
     threads = f"{last['threads']} threads, " if last["kind"] == "cpu" else ""
+    attention = any(record.benchmark.startswith("attention") for record in records)
+    attention_picture = ["![attention losses](attention.png)", ""] if attention else []
     lines = [
         f"# {last['device']}",
         "",
@@ -218,6 +295,7 @@ def page(records: Sequence[Record]) -> str:
         "",
         "![picture](speed.png)",
         "",
+        *attention_picture,
         "## Against the goals",
         "",
         *goals_table(records),
@@ -225,10 +303,10 @@ def page(records: Sequence[Record]) -> str:
     for benchmark in dict.fromkeys(record.benchmark for record in records):
         chosen = [record for record in records if record.benchmark == benchmark]
         lines += ["", f"## {benchmark}", ""]
-        work = "One optimiser step" if benchmark == "train" else "Forward and backward"
+        work = "One optimiser step" if benchmark.startswith("train") else "Forward and backward"
         lines += [f"{work}, median (20 % to 80 %); the others: median, and times fastdistil's."]
         lines += ["", *times_table(chosen), *memory_table(chosen)]
-        if extra := paper_run(chosen):
+        if extra := [*matrix_share(chosen), *paper_run(chosen)]:
             lines += ["", *extra]
         if gaps := gradient_gaps(chosen):
             lines += ["", *gaps]
