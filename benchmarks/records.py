@@ -131,10 +131,10 @@ def environment(device: torch.device, op: str, load: float) -> dict[str, Any]:
 
 
 def folder_name(record: Record) -> str:
-    """results/<this>: a device's name, with the thread count on a CPU."""
-    name = record.environment["device"].partition("(")[0]
+    """results/<this>: a device's name, on a CPU with its newest vector instructions and the thread count."""
+    name, _, instructions = record.environment["device"].rstrip(")").partition("(")
     if record.environment["kind"] == "cpu":
-        name += f" {record.environment['threads']} threads"
+        name += f" {instructions.rpartition(', ')[2]} {record.environment['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
