@@ -20,6 +20,7 @@ SOURCES = [
     "csrc/cpu/attention_mse.cpp",
     "csrc/cpu/cosine_loss.cpp",
     "csrc/cpu/hidden_mse.cpp",
+    "csrc/cpu/huge_pages.cpp",
     "csrc/cpu/kd_loss.cpp",
     "csrc/cpu/scale_grad.cpp",
     "csrc/cpu/kernels_avx512.cpp",

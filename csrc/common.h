@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -40,8 +44,24 @@ inline ScalarType grad_type(const Tensor& student) {
   return student.scalar_type() == ScalarType::Half ? ScalarType::Float : student.scalar_type();
 }
 
+// Asks for large pages behind a large buffer that nobody has written to. The first touch of a gradient of many
+// megabytes costs as much as the loss itself where each 4 KiB are a page; the system may refuse, which changes nothing.
+inline void advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
+
 inline Tensor empty(const std::vector<int64_t>& size, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size()), dtype);
+  Tensor tensor = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.data(), size.size()), dtype);
+  advise_huge_pages(tensor.data_ptr(), tensor.numel() * static_cast<int64_t>(tensor.element_size()));
+  return tensor;
 }
 
 // The rows of an (N, D) tensor with contiguous rows of any pitch.

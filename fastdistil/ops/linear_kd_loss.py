@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.ops import checks
+from fastdistil.ops.huge_pages import empty_huge
 from fastdistil.ops.matmul import add_mm, mm, precision
 from fastdistil.ops.registry import define
 from fastdistil.ops.scale_grad import refuse_double_backward, upstream_times
@@ -45,6 +46,7 @@ TILE_BYTES_GPU = 256 << 20
 _LEAST_ROWS = 64
 # Rows of a tile start on such a boundary, so that kernels read it with aligned vectors whatever V is.
 _PITCH_ELEMENTS = 16
+_COLUMNS_A_SUM = 1024
 
 
 def _rows_per_chunk(chunk_size: int, rows: int, row_bytes: int, device: torch.device) -> int:
@@ -149,12 +151,17 @@ def _chunks(
     kd, ce = student_hidden.new_empty(rows, dtype=dtype), student_hidden.new_empty(rows, dtype=dtype)
     grad_hidden, _, _ = _empty_grads(student_hidden, student_weight, student_bias, wanted)
     want_hidden, want_weight, want_bias = wanted
-    weight_sum = student_weight.new_empty(student_weight.shape if want_weight else (0,), dtype=dtype)
+    student, teacher = precision(student_hidden), precision(teacher_hidden)
+    pitch = _round_up(vocabulary, _PITCH_ELEMENTS)
+    row_bytes = pitch * (student.logits.itemsize + teacher.logits.itemsize)
+    step = _rows_per_chunk(chunk_size, max(rows, 1), row_bytes, student_hidden.device)
+    # Chunks add up in the accumulation dtype; one alone needs no sum.
+    sum_dtype = dtype if rows > step else saved_grad_dtype(student_weight.dtype)
+    weight_sum = empty_huge(student_weight, student_weight.shape if want_weight else (0,), sum_dtype)
     bias_sum = student_weight.new_zeros(vocabulary if want_bias else 0, dtype=dtype)
     if rows == 0:
         return kd, ce, grad_hidden, weight_sum.zero_(), bias_sum
 
-    student, teacher = precision(student_hidden), precision(teacher_hidden)
     student_weight, teacher_weight = student_weight.to(student.product), teacher_weight.to(teacher.product)
     gain = None
     if student.product == torch.float16:
@@ -162,11 +169,8 @@ def _chunks(
         gain = _gain(kd_scale, ce_scale)
         kd_scale, ce_scale = kd_scale * gain, ce_scale * gain
 
-    pitch = _round_up(vocabulary, _PITCH_ELEMENTS)
-    row_bytes = pitch * (student.logits.itemsize + teacher.logits.itemsize)
-    step = _rows_per_chunk(chunk_size, rows, row_bytes, student_hidden.device)
-    student_buffer = student_hidden.new_empty(step, pitch, dtype=student.logits)
-    teacher_buffer = student_hidden.new_empty(step, pitch, dtype=teacher.logits)
+    student_buffer = empty_huge(student_hidden, (step, pitch), student.logits)
+    teacher_buffer = empty_huge(student_hidden, (step, pitch), teacher.logits)
     for start in range(0, rows, step):
         chunk = slice(start, start + step)
         hidden = student_hidden[chunk].to(student.product)
@@ -187,7 +191,7 @@ def _chunks(
             any(wanted),
         )
         if want_bias:
-            bias_sum += tile.sum(0, dtype=dtype)
+            _add_columns(bias_sum, tile)
         if student.product != student.logits and (want_hidden or want_weight):
             # The teacher's logits are spent: their tile takes the gradient in the precision of the products.
             low = teacher_buffer.view(student.product)[: len(hidden), :vocabulary]
@@ -200,6 +204,17 @@ def _chunks(
         for grad in (grad_hidden, weight_sum, bias_sum):
             grad.div_(gain)
     return kd, ce, grad_hidden, weight_sum, bias_sum
+
+
+def _add_columns(total: Tensor, tile: Tensor) -> None:
+    """total (V,) += the sum of each column of `tile` (N, V)."""
+    if tile.dtype == total.dtype or tile.device.type != "cpu":
+        total += tile.sum(0, dtype=total.dtype)
+        return
+    # On a CPU torch first converts all that it sums into another dtype: a few columns at a time stay cached.
+    for start in range(0, total.numel(), _COLUMNS_A_SUM):
+        columns = slice(start, start + _COLUMNS_A_SUM)
+        total[columns] += tile[:, columns].sum(0, dtype=total.dtype)
 
 
 def _gain(kd_scale: Tensor, ce_scale: Tensor) -> Tensor:

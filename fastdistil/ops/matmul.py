@@ -10,9 +10,12 @@ from torch import Tensor
 
 from fastdistil.ops.terms import accumulation_dtype
 
+# A part of a product that is converted before the next one is computed; it stays in the second-level cache.
+_PART_BYTES = 1 << 20
+
 
 def native_bf16_products(device: torch.device) -> bool:
-    """Whether `device` has instructions for matrix products in bfloat16, which makes them faster than float32.
+    """Whether `device` has instructions for matrix products in bfloat16, faster ones than in float32.
 
     An x86 CPU has them with AVX512-BF16 or AMX; oneDNN calls bfloat16 supported on any with AVX-512, where it
     emulates the products at a fraction of float32's speed.
@@ -51,12 +54,7 @@ def precision(hidden: Tensor) -> Precision:
 
 def mm(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b, rounded once, to out's dtype, where the device can."""
-    if out.dtype == a.dtype:
-        torch.mm(a, b, out=out)
-    elif out.device.type == "cuda" and out.dtype == torch.float32:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
+    add_mm(out, a, b, first=True)
 
 
 def add_mm(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -64,12 +62,19 @@ def add_mm(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     beta = 0 if first else 1
     if out.dtype == a.dtype:
         torch.addmm(out, a, b, beta=beta, out=out)
-    elif out.device.type == "cuda":
+    elif out.device.type == "cuda" and out.dtype == torch.float32:
         torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    elif first:
-        out.copy_(torch.mm(a, b))
     else:
-        out.add_(torch.mm(a, b))
+        # The product is rounded to its operands' dtype and added while a part of it is still in the cache.
+        step = max(1, _PART_BYTES // (b.shape[1] * b.element_size()))
+        part = a.new_empty(min(step, a.shape[0]), b.shape[1])
+        for start in range(0, a.shape[0], step):
+            rows = slice(start, start + step)
+            product = torch.mm(a[rows], b, out=part[: len(a[rows])])
+            if first:
+                out[rows].copy_(product)
+            else:
+                out[rows].add_(product)
 
 
 def unrounded_mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -20,7 +20,13 @@ KERNELS = {
     "kd_loss_fwd_",
     "scale_grad_",
 }
-COMPOSED = {"attention_mse_pairs_fwd", "attention_mse_rows", "linear_kd_loss_fwd", "project_hidden"}
+COMPOSED = {
+    "advise_huge_pages_",
+    "attention_mse_pairs_fwd",
+    "attention_mse_rows",
+    "linear_kd_loss_fwd",
+    "project_hidden",
+}
 OPS = KERNELS | COMPOSED
 
 
