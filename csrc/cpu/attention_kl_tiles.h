@@ -11,20 +11,6 @@
 
 namespace fastdistil::FASTDISTIL_SET {
 
-template <class Acc>
-class TileScratch {
- public:
-  explicit TileScratch(void* memory) : next_(static_cast<Acc*>(memory)) {}
-  Acc* take(int64_t count) {
-    Acc* start = next_;
-    next_ += pad_to(count, kPad);
-    return start;
-  }
-
- private:
-  Acc* next_;
-};
-
 // Pairs that do not count, and the columns behind the last key, become -inf in both tiles.
 template <class Acc>
 void exclude_pairs(const AttentionKlHead& head, int64_t first_query, int64_t rows, int64_t first_key, int64_t n,
@@ -161,50 +147,20 @@ FASTDISTIL_INLINE void difference_row(Acc* s, const Acc* t, int64_t n, Acc lse_s
 template <class Acc>
 void attention_kl_backward(const AttentionKlHead& head, const AttentionKlGrads& grads, void* memory) {
   TileScratch<Acc> scratch(memory);
-  const int64_t ds = head.student_q.d, dt = head.teacher_q.d, width = pad_to(ds, kPad);
-  const int64_t queries = head.num_queries, panel_keys = pad_to(head.num_keys, kPanel);
-  Acc* student_panels = scratch.take(panel_keys * ds);
-  Acc* teacher_panels = scratch.take(panel_keys * dt);
-  Acc* student_q = scratch.take(queries * width);
-  Acc* teacher_q = scratch.take(queries * dt);
-  Acc* student_k = scratch.take(head.num_keys * width);
-  Acc* grad_q = scratch.take(queries * width);
-  Acc* s = scratch.take(kTileQueries * kTileKeys);
-  Acc* t = scratch.take(kTileQueries * kTileKeys);
-  Acc* staging = scratch.take(ds > dt ? ds : dt);
-  Acc* grad_k = static_cast<Acc*>(grads.grad_k);
-  const Acc scale = static_cast<Acc>(head.student_scale);
-  pack_panels(head.student_k, head.keys, head.num_keys, student_panels, staging);
-  pack_panels(head.teacher_k, head.keys, head.num_keys, teacher_panels, staging);
-  // Queries carry the scale into the scores and into grad_k, these keys carry it into grad_q.
-  for (int64_t j = 0; j < head.num_keys; ++j) {
-    pack_token(head.student_k, head.keys[j], scale, width, student_k + j * width);
-  }
-  for (int64_t i = 0; i < queries; ++i) {
-    pack_token(head.student_q, head.queries[i], scale, width, student_q + i * width);
-    pack_token(head.teacher_q, head.queries[i], static_cast<Acc>(head.teacher_scale), dt, teacher_q + i * dt);
-  }
-
-  for (int64_t key = 0; key < head.num_keys; key += kTileKeys) {
-    const int64_t n = panel_keys - key < kTileKeys ? panel_keys - key : kTileKeys;
-    const int64_t keys = head.num_keys - key < kTileKeys ? head.num_keys - key : kTileKeys;
-    for (int64_t first = 0; first < queries; first += kTileQueries) {
-      const int64_t rows = queries - first < kTileQueries ? queries - first : kTileQueries;
-      scores_tile(rows, ds, student_q + first * width, width, student_panels, key, n, s, kTileKeys);
-      scores_tile(rows, dt, teacher_q + first * dt, dt, teacher_panels, key, n, t, kTileKeys);
-      exclude_pairs(head, first, rows, key, n, s, t);
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = head.queries[first + i];
-        difference_row(s + i * kTileKeys, t + i * kTileKeys, n, static_cast<const Acc*>(grads.student_lse)[token],
-                       static_cast<const Acc*>(grads.teacher_lse)[token], static_cast<const Acc*>(grads.weight)[token]);
-      }
-      product<Acc>(rows, width, keys, s, kTileKeys, 1, student_k + key * width, width, grad_q + first * width, width,
-                   key > 0);
-      product<Acc>(keys, width, rows, s, 1, kTileKeys, student_q + first * width, width, grad_k + key * width, width,
-                   first > 0);
+  const Acc* lse_s = static_cast<const Acc*>(grads.student_lse);
+  const Acc* lse_t = static_cast<const Acc*>(grads.teacher_lse);
+  const Acc* weight = static_cast<const Acc*>(grads.weight);
+  PackedHead<Acc> packed(head.student_q, head.student_k, head.teacher_q, head.teacher_k, head.student_scale,
+                         head.teacher_scale, head.queries, head.num_queries, head.keys, head.num_keys, scratch);
+  packed.for_each_tile([&](int64_t first, int64_t rows, int64_t key, int64_t n, Acc* s, Acc* t) {
+    exclude_pairs(head, first, rows, key, n, s, t);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t token = head.queries[first + i];
+      difference_row(s + i * kTileKeys, t + i * kTileKeys, n, lse_s[token], lse_t[token], weight[token]);
     }
-  }
-  for (int64_t i = 0; i < queries; ++i) unpack_token(grad_q + i * width, grads.grad_q, head.queries[i]);
+    packed.add_gradients(first, rows, key, s, static_cast<Acc*>(grads.grad_k));
+  });
+  packed.write_grad_q(grads.grad_q);
 }
 
 }  // namespace fastdistil::FASTDISTIL_SET

@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_mse_fwd(const Tensor& student_q,   
 
   const bool is_double = acc == ScalarType::Double;
   const auto run = is_double ? kernels().attention_mse_head_double : kernels().attention_mse_head_float;
-  const int64_t bytes = attention_mse_scratch(in.student_q.d, in.teacher_q.d) * static_cast<int64_t>(sizeof(double));
+  const int64_t bytes = attention_mse_scratch(in.L, in.student_q.d, in.teacher_q.d) * static_cast<int64_t>(sizeof(double));
   std::vector<double> losses(static_cast<size_t>(in.B * in.H));
   for_each_row(in.B * in.H, INT64_MAX, bytes, [&](int64_t index, void* scratch) {
     const int64_t b = index / in.H, h = index % in.H;

@@ -3,6 +3,7 @@
 //   X = [as Qs, -at Qt], Y = [Ks, Kt],  loss = <X^T W X, Y^T Y>,  dX = 2 W X (Y^T Y),  dY = 2 Y (X^T W X)
 //
 // The Gram matrices are summed in double: near convergence the loss is many orders smaller than the terms that cancel.
+// Few tokens go by their scores, which are then fewer operations.
 #pragma once
 
 #include "tiles.h"
@@ -52,8 +53,41 @@ void student_columns(const double* gram, int64_t D, int64_t ds, double factor, A
   }
 }
 
+// By scores after all, for few tokens.
+template <class Acc>
+void attention_mse_by_scores(AttentionMseHead& head, void* memory) {
+  constexpr int W = Lanes<Acc>::count;
+  TileScratch<Acc> scratch(memory);
+  PackedHead<Acc> packed(head.student_q, head.student_k, head.teacher_q, head.teacher_k, head.student_scale,
+                         head.teacher_scale, head.tokens, head.num_tokens, head.tokens, head.num_tokens, scratch);
+  const int64_t width = pad_to(head.student_q.d, kPad);
+  Acc* grad_k = scratch.take(head.num_tokens * width);
+  const Acc* weight = static_cast<const Acc*>(head.weight);
+  head.loss = 0;
+  packed.for_each_tile([&](int64_t first, int64_t rows, int64_t key, int64_t n, Acc* s, Acc* t) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const Acc own = weight[head.weight_stride * head.tokens[first + i]];
+      Acc* error = s + i * kTileKeys;
+      Total<Acc> squares;
+      for (int64_t j = 0; j < n; j += W) {
+        const Vec<Acc> e = load(error + j) - load(t + i * kTileKeys + j);
+        squares.add(e * e);
+        store<Acc>(error + j, 2 * own * e);
+      }
+      head.loss += own * squares.sum();
+    }
+    if (head.with_grad) packed.add_gradients(first, rows, key, s, grad_k);
+  });
+  if (!head.with_grad) return;
+  packed.write_grad_q(head.grad_q);
+  for (int64_t j = 0; j < head.num_tokens; ++j) unpack_token(grad_k + j * width, head.grad_k, head.tokens[j]);
+}
+
 template <class Acc>
 void attention_mse_head(AttentionMseHead& head, void* memory) {
+  if (head.num_tokens <= most_tokens_by_scores(head.student_q.d, head.teacher_q.d)) {
+    return attention_mse_by_scores<Acc>(head, memory);
+  }
   const int64_t ds = head.student_q.d, dt = head.teacher_q.d, D = ds + dt;
   const int64_t width = pad_to(D, kPanel), own = pad_to(ds, kPad);
   double* gram_x = static_cast<double*>(memory);

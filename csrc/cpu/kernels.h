@@ -139,11 +139,21 @@ struct AttentionMseHead {
 // Tokens that attention_mse packs at a time.
 constexpr int64_t kMseTokens = 96;
 
+// Up to how many tokens the scores themselves are cheaper than the Gram matrices, whose sums in double count twice:
+// 2 n^2 (3 ds + dt) operations against 4 n (4/3 D^2 + D ds).
+constexpr int64_t most_tokens_by_scores(int64_t ds, int64_t dt) {
+  const int64_t D = ds + dt;
+  return (8 * D * D / 3 + 2 * D * ds) / (3 * ds + dt);
+}
+
 // The scratch of one thread in doubles: Gram matrices and their student's columns; packed tokens of X, W X and Y; a
 // block of a gradient.
-constexpr int64_t attention_mse_scratch(int64_t ds, int64_t dt) {
-  const int64_t D = pad_to(ds + dt, kPanel);
-  return 2 * D * D + 2 * D * pad_to(ds, kPad) + kMseTokens * (3 * D + pad_to(ds, kPad)) + D;
+constexpr int64_t attention_mse_scratch(int64_t L, int64_t ds, int64_t dt) {
+  const int64_t D = pad_to(ds + dt, kPanel), own = pad_to(ds, kPad);
+  const int64_t gram = 2 * D * D + 2 * D * own + kMseTokens * (3 * D + own) + D;
+  const int64_t few = L < most_tokens_by_scores(ds, dt) ? L : most_tokens_by_scores(ds, dt);
+  const int64_t scores = attention_kl_scratch(few, ds, dt) + few * own;
+  return gram > scores ? gram : scores;
 }
 
 struct Kernels {

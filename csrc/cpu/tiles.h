@@ -105,4 +105,83 @@ FASTDISTIL_INLINE void unpack_token(const Acc* source, const MutableTokens& toke
   from_acc(source, tokens.d, tokens.dtype, tokens.data + token * tokens.pitch);
 }
 
+// Memory of one thread, handed out piece by piece.
+template <class Acc>
+class TileScratch {
+ public:
+  explicit TileScratch(void* memory) : next_(static_cast<Acc*>(memory)) {}
+  Acc* take(int64_t count) {
+    Acc* start = next_;
+    next_ += pad_to(count, kPad);
+    return start;
+  }
+
+ private:
+  Acc* next_;
+};
+
+// Queries and keys of one sequence and head, packed for tiles of scores and for the gradients that come from them.
+template <class Acc>
+class PackedHead {
+ public:
+  PackedHead(const Tokens& student_q, const Tokens& student_k, const Tokens& teacher_q, const Tokens& teacher_k,
+             double student_scale, double teacher_scale, const int64_t* queries, int64_t num_queries,
+             const int64_t* keys, int64_t num_keys, TileScratch<Acc>& scratch)
+      : ds_(student_q.d), dt_(teacher_q.d), width_(pad_to(student_q.d, kPad)), queries_(queries),
+        num_queries_(num_queries), num_keys_(num_keys), panel_keys_(pad_to(num_keys, kPanel)) {
+    student_panels_ = scratch.take(panel_keys_ * ds_);
+    teacher_panels_ = scratch.take(panel_keys_ * dt_);
+    student_q_ = scratch.take(num_queries * width_);
+    teacher_q_ = scratch.take(num_queries * dt_);
+    student_k_ = scratch.take(num_keys * width_);
+    grad_q_ = scratch.take(num_queries * width_);
+    s_ = scratch.take(kTileQueries * kTileKeys);
+    t_ = scratch.take(kTileQueries * kTileKeys);
+    Acc* staging = scratch.take(ds_ > dt_ ? ds_ : dt_);
+    pack_panels(student_k, keys, num_keys, student_panels_, staging);
+    pack_panels(teacher_k, keys, num_keys, teacher_panels_, staging);
+    // Queries carry the scale into the scores and into the keys' gradient, these keys carry it into the queries'.
+    const Acc scale = static_cast<Acc>(student_scale);
+    for (int64_t j = 0; j < num_keys; ++j) pack_token(student_k, keys[j], scale, width_, student_k_ + j * width_);
+    for (int64_t i = 0; i < num_queries; ++i) {
+      pack_token(student_q, queries[i], scale, width_, student_q_ + i * width_);
+      pack_token(teacher_q, queries[i], static_cast<Acc>(teacher_scale), dt_, teacher_q_ + i * dt_);
+    }
+  }
+
+  // Calls work(first query, rows, first key, columns, s, t) with the scores of both models, kTileKeys apart; columns
+  // is a multiple of kPanel, and those behind the last key are 0.
+  template <class Work>
+  FASTDISTIL_INLINE void for_each_tile(const Work& work) {
+    for (int64_t key = 0; key < num_keys_; key += kTileKeys) {
+      const int64_t n = panel_keys_ - key < kTileKeys ? panel_keys_ - key : kTileKeys;
+      for (int64_t first = 0; first < num_queries_; first += kTileQueries) {
+        const int64_t rows = num_queries_ - first < kTileQueries ? num_queries_ - first : kTileQueries;
+        scores_tile(rows, ds_, student_q_ + first * width_, width_, student_panels_, key, n, s_, kTileKeys);
+        scores_tile(rows, dt_, teacher_q_ + first * dt_, dt_, teacher_panels_, key, n, t_, kTileKeys);
+        work(first, rows, key, n, s_, t_);
+      }
+    }
+  }
+
+  // The tile's share of both gradients, g the derivative by the student's scores.
+  FASTDISTIL_INLINE void add_gradients(int64_t first, int64_t rows, int64_t key, const Acc* g, Acc* grad_k) {
+    const int64_t keys = num_keys_ - key < kTileKeys ? num_keys_ - key : kTileKeys;
+    product<Acc>(rows, width_, keys, g, kTileKeys, 1, student_k_ + key * width_, width_, grad_q_ + first * width_, width_,
+                 key > 0);
+    product<Acc>(keys, width_, rows, g, 1, kTileKeys, student_q_ + first * width_, width_, grad_k + key * width_, width_,
+                 first > 0);
+  }
+
+  void write_grad_q(const MutableTokens& target) const {
+    for (int64_t i = 0; i < num_queries_; ++i) unpack_token(grad_q_ + i * width_, target, queries_[i]);
+  }
+
+ private:
+  int64_t ds_, dt_, width_;
+  const int64_t* queries_;
+  int64_t num_queries_, num_keys_, panel_keys_;
+  Acc *student_panels_, *teacher_panels_, *student_q_, *teacher_q_, *student_k_, *grad_q_, *s_, *t_;
+};
+
 }  // namespace fastdistil::FASTDISTIL_SET
