@@ -82,7 +82,10 @@ def check_attention(
     if mask is not None:
         mask = _check_mask(mask, student_q)
     return Attention(
-        *(_dense(tensor) for tensor in (student_q, student_k, teacher_q.detach(), teacher_k.detach())),
+        _dense(student_q),
+        _dense(student_k),
+        _dense(_constant(teacher_q)),
+        _dense(_constant(teacher_k)),
         mask,
         _check_scale("student_scale", student_scale, student_q.shape[3]),
         _check_scale("teacher_scale", teacher_scale, teacher_q.shape[3]),
@@ -106,6 +109,13 @@ def _check_scale(name: str, scale: float | None, head_size: int) -> float:
         return float(head_size**-0.5)
     checks.check_weight(name, scale)
     return float(scale)
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """Without a gradient, and fit to be kept for backward, which a tensor of inference mode is not."""
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor.detach()
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -72,10 +72,7 @@ def attention_mse_pairs_ref(
     grad_q, grad_k = _empty_grads(student_q, student_k, with_grad)
     dtype = accumulation_dtype(student_q.dtype)
     loss = student_q.new_zeros((), dtype=wide_dtype(student_q.device, student_q.dtype))
-    q, k = (
-        without_masked(tensor, mask, keys).to(dtype)
-        for tensor, keys in ((student_q, False), (student_k, True))
-    )
+    q, k = _without_masked(student_q, student_k, mask, dtype)
     total_k = torch.zeros_like(k)
     for rows in query_blocks(student_q):
         error = _pair_errors(q, k, teacher_q, teacher_k, mask, student_scale, teacher_scale, rows)
@@ -100,20 +97,23 @@ def attention_mse_rows_ref(
     teacher_scale: float,
 ) -> Tensor:
     """The sum of squared errors of each query row (B, H, L)."""
-    rows_out = _rows_fake(student_q)
-    inputs = student_q, student_k, teacher_q, teacher_k, mask, student_scale, teacher_scale
+    sums = _rows_fake(student_q)
     if mask is None or mask.dim() == 2:
         for index in range(student_q.shape[0]):
-            x, y = _operands(*inputs, index)
-            rows_out[index] = ((x @ (y.mT @ y)) * x).sum(-1).clamp(min=0)
-        return rows_out
+            x, y = _operands(
+                student_q, student_k, teacher_q, teacher_k, mask, student_scale, teacher_scale, index
+            )
+            sums[index] = ((x @ (y.mT @ y)) * x).sum(-1).clamp(min=0)
+        return sums
+    q, k = _without_masked(student_q, student_k, mask, sums.dtype)
     for rows in query_blocks(student_q):
-        q, k = (
-            without_masked(t, mask, keys).to(rows_out.dtype)
-            for t, keys in ((student_q, False), (student_k, True))
-        )
-        rows_out[:, :, rows] = _pair_errors(q, k, *inputs[2:], rows).square().sum(-1)
-    return rows_out
+        error = _pair_errors(q, k, teacher_q, teacher_k, mask, student_scale, teacher_scale, rows)
+        sums[:, :, rows] = error.square().sum(-1)
+    return sums
+
+
+def _without_masked(q: Tensor, k: Tensor, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return without_masked(q, mask, keys=False).to(dtype), without_masked(k, mask, keys=True).to(dtype)
 
 
 def _operands(

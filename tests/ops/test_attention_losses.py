@@ -155,6 +155,19 @@ def test_teacher_in_another_dtype(name: str, teacher: torch.dtype, device: torch
         )
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.usefixtures("implementation")
+def test_a_teacher_may_run_in_inference_mode(name: str, reduction: str, device: torch.device) -> None:
+    q, k, *teacher = leaves(make_inputs((2, 2, 7, 8, 8), torch.float32, device))
+    with torch.inference_mode():
+        inferred = [tensor * 1 for tensor in teacher]
+    losses = [LOSSES[name](q, k, *own, reduction=reduction).sum() for own in (inferred, teacher)]
+    assert torch.equal(*losses)
+    grads = [torch.autograd.grad(loss, (q, k)) for loss in losses]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.usefixtures("implementation")
 def test_autocast_does_not_lower_the_precision_inside(name: str, device: torch.device) -> None:
