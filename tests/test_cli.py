@@ -58,6 +58,11 @@ def test_bad_usage_is_one_line_and_exit_code_2(
         (["distilbert", "--set", "objectives.0.temperature=0"], "objectives.0.temperature: "),
         (["distilbert", "--teacher", "x"], "--corpus"),
         (["distilbert", "--corpus", "x"], "--teacher"),
+        (["minilm", "--corpus", "x"], "recipe minilm needs a teacher: --teacher ID_OR_DIR"),
+        (
+            ["minilm", "--teacher", "t", "--corpus", "x", "--set", "objectives.0.num_head=3"],
+            "unknown key objectives.0.num_head: did you mean objectives.0.num_heads?",
+        ),
     ],
 )
 def test_a_bad_recipe_or_key_is_named(
@@ -144,7 +149,7 @@ def test_recipes_lists_each_with_its_paper(capsys: pytest.CaptureFixture[str]) -
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
     names = [line for line in printed.splitlines() if line and not line.startswith(" ")]
-    assert {"distilbert", "mlm", "quickstart"} <= set(names)
+    assert {"distilbert", "minilm", "mlm", "quickstart"} <= set(names)
     assert "Sanh et al. 2019, DistilBERT, a distilled version of BERT" in printed
 
 
@@ -248,6 +253,27 @@ def test_a_bad_path_is_named(
     assert code == 2
     assert line.format(**paths) in printed
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        ("objectives.0.num_heads=5", "num_heads must divide the widths of the states"),
+        ("objectives.0.teacher_layer=2", "objectives.0.teacher_layer: the teacher has no layer 2"),
+        ("objectives=[{name: hidden, layers: [[0, 9]]}]", "objectives.0.layers: the teacher has no layer 9"),
+        ("student.num_layers=3", "student.num_layers is 3, but the teacher has only 2 layers"),
+    ],
+)
+def test_objectives_that_do_not_fit_the_models_are_one_line(
+    capsys: pytest.CaptureFixture[str], corpus: Path, model: Path, tmp_path: Path, setting: str, line: str
+) -> None:
+    pytest.importorskip("pydantic")
+    arguments = ["train", "minilm", "--teacher", str(model), "--corpus", str(corpus)]
+    arguments += ["--output", str(tmp_path / "run"), "--set", "data.max_length=32"]
+    settings = ["student.num_layers=1", "objectives.0.num_heads=4", "run.precision=fp32", setting]
+    code, printed = _fails_with(capsys, [*arguments, *(a for s in settings for a in ("--set", s))])
+    assert code == 2
+    assert line in printed
 
 
 def test_ctrl_c_saves_and_the_printed_command_resumes(corpus: Path, model: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from fastdistil.evaluate.cost import (
     measure_peak_memory,
 )
 from fastdistil.evaluate.masked_lm import MaskedLMScore, evaluate_masked_lm
+from fastdistil.evaluate.objectives import evaluate_objectives
 
 __all__ = [
     "Latency",
@@ -15,6 +16,7 @@ __all__ = [
     "bytes_on_disk",
     "count_parameters",
     "evaluate_masked_lm",
+    "evaluate_objectives",
     "measure_latency",
     "measure_peak_memory",
 ]

@@ -1,4 +1,6 @@
-"""Load a masked language model and its tokenizer from a `transformers` folder or from the Hugging Face hub.
+"""Load a masked language model, or an encoder alone, and its tokenizer.
+
+From a `transformers` folder or from the Hugging Face hub.
 
 Only safetensors weights are read and no remote code is run. What is wrong with a folder is said in one line.
 """
@@ -29,7 +31,7 @@ def load_masked_lm(source: str | Path, dtype: torch.dtype = torch.float32) -> tu
             tokenizer with a mask token that fits the model; the hub cannot be reached; the head's family is
             not supported.
     """
-    model, missing = _load_model(source, dtype)
+    model, missing = _load_masked_lm(source, dtype)
     head = _head_keys(model, missing)
     if head:
         raise UserError(
@@ -52,12 +54,26 @@ def load_encoder_with_new_head(
 
     Raises `UserError` as `load_masked_lm` does, except for a missing head.
     """
-    model, missing = _load_model(source, dtype)
+    model, missing = _load_masked_lm(source, dtype)
     bias = mlm_head(model).bias
     if _head_keys(model, missing) and token_counts is not None and bias is not None:
         frequency = (token_counts + 1.0) / (token_counts + 1.0).sum()
         with torch.no_grad():
             bias.copy_(frequency.log())
+    return model, _load_tokenizer(source, model)
+
+
+def load_encoder(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """`(model, tokenizer)` of an encoder, in eval mode; a head and a pooler that its folder has are left out.
+
+    Raises `UserError` as `load_masked_lm` does, except for a missing head.
+    """
+    from transformers import AutoModel
+
+    model, missing = _load_model(source, dtype, AutoModel, "an encoder")
+    if getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    _check_encoder(source, model, {key for key in missing if not key.startswith("pooler.")})
     return model, _load_tokenizer(source, model)
 
 
@@ -84,14 +100,23 @@ def max_positions(model: Any) -> int:
     return positions - model.config.pad_token_id - 1 if model.config.model_type == "roberta" else positions
 
 
-def _load_model(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
-    from safetensors import SafetensorError
+def _load_masked_lm(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
     from transformers import AutoModelForMaskedLM
+
+    model, missing = _load_model(source, dtype, AutoModelForMaskedLM, "a masked language model")
+    mlm_head(model)
+    _check_encoder(source, model, missing - set(_head_keys(model, missing)))
+    return model, missing
+
+
+def _load_model(source: str | Path, dtype: torch.dtype, auto: Any, kind: str) -> tuple[Any, set[str]]:
+    """The model in eval mode, and the names of the weights that its folder lacks."""
+    from safetensors import SafetensorError
 
     _check_folder(source)
     try:
         with _quiet():
-            model, info = AutoModelForMaskedLM.from_pretrained(
+            model, info = auto.from_pretrained(
                 str(source),
                 dtype=dtype,
                 use_safetensors=True,
@@ -99,16 +124,16 @@ def _load_model(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
                 output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source}: {_why(source, error)}") from error
-    missing = set(info["missing_keys"])
-    mlm_head(model)
-    encoder = sorted(missing - set(_head_keys(model, missing)))
-    if encoder:
+        raise UserError(f"{source}: {_why(source, error, kind)}") from error
+    return model.eval(), set(info["missing_keys"])
+
+
+def _check_encoder(source: str | Path, model: Any, missing: set[str]) -> None:
+    if missing:
         raise UserError(
-            f"{source}: the weights do not fit {type(model).__name__}: {len(encoder)} encoder weights are "
-            f"missing, the first is {encoder[0]!r}"
+            f"{source}: the weights do not fit {type(model).__name__}: {len(missing)} encoder weights are "
+            f"missing, the first is {min(missing)!r}"
         )
-    return model.eval(), missing
 
 
 def _load_tokenizer(source: str | Path, model: Any) -> Any:
@@ -131,12 +156,12 @@ def _check_folder(source: str | Path) -> None:
         raise UserError(f"{source}: no such folder")
 
 
-def _why(source: str | Path, error: Exception) -> str:
+def _why(source: str | Path, error: Exception, kind: str) -> str:
     if not Path(source).is_dir():
         return f"neither a folder here nor a model that the hub gives us ({_first_line(error)})"
     if not any(Path(source).glob("*.safetensors*")):
         return "the folder has no safetensors weights (other formats are not read)"
-    return f"cannot be loaded as a masked language model ({_first_line(error)})"
+    return f"cannot be loaded as {kind} ({_first_line(error)})"
 
 
 def _head_keys(model: Any, keys: set[str]) -> list[str]:

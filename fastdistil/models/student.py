@@ -52,29 +52,28 @@ def make_student(
     init: str = "teacher",
     dropout: float | None = None,
 ) -> Any:
-    """A masked language model with fewer layers than `teacher`, or a narrower one with fresh weights.
+    """A model with fewer layers than `teacher`, or a narrower one with fresh weights.
 
-    A BERT teacher gives a `DistilBertForMaskedLM` (Sanh et al. 2019): no pooler, no token types; its
-    token-type-0 embedding is added into the position embeddings, so that the student with all of the
-    teacher's layers computes exactly what the teacher does on single sentences (at the LayerNorm epsilon
-    1e-12 that DistilBERT has fixed and every published BERT uses). Any other family keeps its class.
-    Embeddings and head are copied and tied as in the teacher.
+    It has a masked-language-model head if the teacher has one. A BERT teacher gives a DistilBERT (Sanh et al.
+    2019): no pooler, no token types; its token-type-0 embedding is added into the position embeddings, so
+    that the student with all of the teacher's layers computes exactly what the teacher does on single
+    sentences (at the LayerNorm epsilon 1e-12 that DistilBERT has fixed and every published BERT uses). Any
+    other family keeps its class. Embeddings and head are copied and tied as in the teacher.
 
     Args:
-        teacher: a masked language model of one of the families of `mlm_head`; it is not changed.
+        teacher: a masked language model of one of the families of `mlm_head`, or the encoder of one; it is
+            not changed.
         num_layers: depth of the student; default half of the teacher's.
         teacher_layers: which layers to copy, 0-based and ascending; default `spread_layers`. Only for
             `init="teacher"`.
-        hidden_size, num_attention_heads, intermediate_size: widths of a student with `init="random"`;
-        default the
-            teacher's, scaled with `hidden_size`.
+        hidden_size, num_attention_heads, intermediate_size: widths of a student with `init="random"`; default
+            the teacher's, scaled with `hidden_size`.
         init: "teacher" copies weights, "random" draws them from torch's global random state.
         dropout: of hidden states and attention; default the teacher's.
 
     Raises:
-        UserError: a layer that the teacher does not have, a depth above the teacher's, widths that cannot
-        be copied
-            or do not divide, a layer list that does not fit `num_layers`.
+        UserError: a layer that the teacher does not have, a depth above the teacher's, widths that cannot be
+            copied or do not divide, a layer list that does not fit `num_layers`.
     """
     family, depth = teacher.config.model_type, teacher.config.num_hidden_layers
     widths = {
@@ -106,9 +105,18 @@ def make_student(
             f"attention norm, got {layers}"
         )
     student = _build(teacher, len(layers), layers, {}, dropout)
-    weights = _pick_layers(teacher.state_dict(), _LAYERS[family], layers)
+    weights = teacher.state_dict()
+    if _is_encoder(teacher):
+        prefix = f"{teacher.base_model_prefix}."
+        weights = {
+            prefix + name: weight for name, weight in weights.items() if not name.startswith("pooler.")
+        }
+    weights = _pick_layers(weights, _LAYERS[family], layers)
     if family == "bert":
         weights = _as_distilbert(weights)
+    if _is_encoder(student):
+        prefix = f"{student.base_model_prefix}."
+        weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     student.load_state_dict(weights)
     return student
 
@@ -148,7 +156,7 @@ def _build(
     teacher: Any, num_layers: int, layers: list[int] | None, widths: dict[str, int], dropout: float | None
 ) -> Any:
     """The student's architecture with fresh weights, in the teacher's dtype and on its device."""
-    from transformers import AutoModelForMaskedLM, DistilBertConfig
+    from transformers import AutoModel, AutoModelForMaskedLM, DistilBertConfig
 
     old = teacher.config
     sizes = _widths(old, widths)
@@ -181,7 +189,15 @@ def _build(
     if dropout is not None:
         for name in _DROPOUTS[config.model_type]:
             setattr(config, name, dropout)
-    return AutoModelForMaskedLM.from_config(config, dtype=teacher.dtype).to(teacher.device)
+    auto = AutoModel if _is_encoder(teacher) else AutoModelForMaskedLM
+    student = auto.from_config(config, dtype=teacher.dtype).to(teacher.device)
+    if getattr(student, "pooler", None) is not None:
+        student.pooler = None  # nothing would train it
+    return student
+
+
+def _is_encoder(model: Any) -> bool:
+    return model.base_model is model
 
 
 def _ffn_name(config: Any) -> str:
@@ -216,7 +232,7 @@ def _as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     position = "bert.embeddings.position_embeddings.weight"
     weights[position] = weights[position] + token_type[0]
     # A BERT head names its one bias twice, as its own and as the decoder's; the decoder's is the one in use.
-    weights.pop("cls.predictions.bias")
+    weights.pop("cls.predictions.bias", None)
     renamed = {}
     for name, weight in weights.items():
         for pattern, replacement in _BERT_TO_DISTILBERT:

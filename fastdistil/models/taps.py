@@ -1,12 +1,34 @@
 """Run an encoder once and keep what the objectives compare."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdistil.models.heads import MLMHead, mlm_head
+from fastdistil.models.attention import AttentionStates, tap_attention
+from fastdistil.models.heads import mlm_head
+from fastdistil.models.layers import check_layer
+from fastdistil.ops.matmul import native_bf16_products
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What objectives ask of one forward pass besides the last hidden states. Layers count from 0."""
+
+    attention: frozenset[int] = frozenset()  # layers whose queries, keys and values are kept
+    hidden: frozenset[int] = frozenset()  # layers whose outputs are kept
+    embeddings: bool = False  # what enters the first layer
+
+    @staticmethod
+    def union(parts: Iterable["Wanted"]) -> "Wanted":
+        parts = list(parts)
+        return Wanted(
+            frozenset().union(*(part.attention for part in parts)),
+            frozenset().union(*(part.hidden for part in parts)),
+            any(part.embeddings for part in parts),
+        )
 
 
 @dataclass(frozen=True)
@@ -14,9 +36,12 @@ class Taps:
     """What one forward pass of a model offers to the objectives."""
 
     last_hidden: Tensor  # (B, L, D)
-    head: MLMHead
+    model: Any  # for its masked-language-model head, which not every model has
     autocast_dtype: torch.dtype | None = None  # precision of the pass, None: that of the weights
     trainable: bool = True
+    attention: Mapping[int, AttentionStates] = field(default_factory=dict)  # of the layers asked for
+    hidden: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> (B, L, D)
+    embeddings: Tensor | None = None  # (B, L, D)
 
     def vocabulary_operands(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(hidden (N, E), weight (V, E), bias (V,) | None)`: the logits are `hidden @ weight.T + bias`.
@@ -24,37 +49,73 @@ class Taps:
         `rows` (N,) are indices into the B * L positions; None takes all of them. Only these rows are
         gathered and sent through the head's transform. `hidden` is in the precision of the pass, to which
         the vocabulary product is left to convert the weight; it carries a gradient if the model trains.
+
+        Raises `UserError` if the model has no masked-language-model head.
         """
+        head = mlm_head(self.model)
         hidden = self.last_hidden.flatten(0, 1)
         with_grad = self.trainable and torch.is_grad_enabled()
         with torch.set_grad_enabled(with_grad), _autocast(hidden, self.autocast_dtype):
             if rows is not None:
                 hidden = hidden.index_select(0, rows)
-            hidden = self.head.transform(hidden)
+            hidden = head.transform(hidden)
         if self.autocast_dtype is not None:
             # The transform ends in a LayerNorm, which autocast runs in float32.
             hidden = hidden.to(self.autocast_dtype)
-        return hidden, self.head.weight, self.head.bias
+        return hidden, head.weight, head.bias
 
 
-def tap(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Taps:
+_NOTHING = Wanted()
+
+
+def tap(model: Any, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted = _NOTHING) -> Taps:
     """Taps of a model that trains: `input_ids`, `attention_mask` (B, L). The vocabulary head is not run."""
-    hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    kind = hidden.device.type
+    kind = input_ids.device.type
     autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return Taps(hidden, mlm_head(model), autocast_dtype)
+    return _run(model, input_ids, attention_mask, wanted, autocast_dtype, trainable=True)
 
 
-@torch.inference_mode()
 def tap_teacher(
-    model: Any, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None = None
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    dtype: torch.dtype | None = None,
+    wanted: Wanted = _NOTHING,
 ) -> Taps:
     """Taps of a teacher in eval mode, without gradients, under autocast to `dtype` if given."""
     if model.training:
         raise ValueError("the teacher must be in eval mode: with dropout on it teaches noise")
-    with _autocast(input_ids, dtype):
-        hidden = model.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    return Taps(hidden, mlm_head(model), dtype, trainable=False)
+    # Queries and keys are kept for the backward pass of their objective, which inference tensors cannot be.
+    without_grad = torch.no_grad() if wanted.attention else torch.inference_mode()
+    with without_grad, _autocast(input_ids, dtype):
+        return _run(model, input_ids, attention_mask, wanted, dtype, trainable=False)
+
+
+def _run(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    wanted: Wanted,
+    dtype: torch.dtype | None,
+    *,
+    trainable: bool,
+) -> Taps:
+    keywords = {"output_hidden_states": True} if wanted.hidden or wanted.embeddings else {}
+    with tap_attention(model, wanted.attention) as attention:
+        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, **keywords)
+    # What enters the first layer, then each layer's output.
+    states: tuple[Tensor, ...] = output.hidden_states if keywords else ()
+    for layer in wanted.hidden:
+        check_layer(layer, len(states) - 1, type(model).__name__, "hidden states")
+    return Taps(
+        output.last_hidden_state,
+        model,
+        dtype,
+        trainable,
+        attention,
+        {layer: states[layer + 1] for layer in wanted.hidden},
+        states[0] if wanted.embeddings else None,
+    )
 
 
 def flat_rows(positions: Tensor, length: int) -> Tensor:
@@ -65,11 +126,7 @@ def flat_rows(positions: Tensor, length: int) -> Tensor:
 
 def fast_dtype(device: torch.device) -> torch.dtype | None:
     """bfloat16 where matrix products in it are faster than in float32 on `device`, else None."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    if device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
-    return None
+    return torch.bfloat16 if native_bf16_products(device) else None
 
 
 def _autocast(like: Tensor, dtype: torch.dtype | None) -> torch.autocast:

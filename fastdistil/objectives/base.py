@@ -5,12 +5,12 @@ step and hands the totals to each `loss`, whose values then simply add up to the
 split.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdistil.models.taps import Taps
+from fastdistil.models.taps import Taps, Wanted
 
 if TYPE_CHECKING:
     from fastdistil.data.masking import MaskedBatch
@@ -22,15 +22,30 @@ class ObjectiveLoss(NamedTuple):
 
 
 class Objective(Protocol):
+    """One that learns parameters of its own, such as a projection, is an `nn.Module` too."""
+
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of the terms with a weight above 0: the keys of `counts` and of `ObjectiveLoss.sums`."""
 
     @property
-    def needs_teacher(self) -> bool: ...
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def student_taps(self) -> Wanted:
+        """What it compares of the student besides the last hidden states."""
+        return Wanted()
+
+    @property
+    def teacher_taps(self) -> Wanted:
+        return Wanted()
 
     def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
-        """Term -> how many tokens of this batch it uses, 0-dim int64 on the batch's device (no host sync)."""
+        """Term -> how many tokens, rows or pairs of this batch its mean is over.
+
+        0-dim int64 on the batch's device (no host sync), known before the models run.
+        """
 
     def loss(
         self, student: Taps, teacher: Taps | None, batch: "MaskedBatch", counts: Mapping[str, Tensor]
@@ -41,3 +56,13 @@ class Objective(Protocol):
 def weight_per_token(weight: float, count: Tensor) -> Tensor:
     """`weight / count` as a 0-dim float32 tensor; a step without such tokens has sums of 0, which stay 0."""
     return weight / count.clamp(min=1).float()
+
+
+def count_tokens(batch: "MaskedBatch") -> Tensor:
+    """All tokens but padding, 0-dim int64."""
+    return batch.attention_mask.ne(0).sum()
+
+
+def projections(objectives: Iterable[Objective]) -> nn.ModuleList:
+    """The objectives that learn parameters of their own."""
+    return nn.ModuleList(objective for objective in objectives if isinstance(objective, nn.Module))

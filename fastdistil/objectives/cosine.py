@@ -9,14 +9,14 @@ from torch import Tensor
 from fastdistil.errors import UserError
 from fastdistil.functional import cosine_loss
 from fastdistil.models.taps import Taps
-from fastdistil.objectives.base import ObjectiveLoss, weight_per_token
+from fastdistil.objectives.base import Objective, ObjectiveLoss, count_tokens, weight_per_token
 
 if TYPE_CHECKING:
     from fastdistil.data.masking import MaskedBatch
 
 
 @dataclass(frozen=True)
-class CosineObjective:
+class CosineObjective(Objective):
     """`weight * mean(1 - cos(student, teacher))` of the last hidden states of all tokens but padding.
 
     The third term of DistilBERT (Sanh et al. 2019, section 3). Its term is called "cosine". Both models
@@ -29,12 +29,8 @@ class CosineObjective:
     def terms(self) -> tuple[str, ...]:
         return ("cosine",)
 
-    @property
-    def needs_teacher(self) -> bool:
-        return True
-
     def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
-        return {"cosine": batch.attention_mask.ne(0).sum()}
+        return {"cosine": count_tokens(batch)}
 
     def loss(
         self, student: Taps, teacher: Taps | None, batch: "MaskedBatch", counts: Mapping[str, Tensor]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastdistil.errors import UserError
 from fastdistil.functional import linear_kd_loss
 from fastdistil.models.taps import Taps, flat_rows
-from fastdistil.objectives.base import ObjectiveLoss, weight_per_token
+from fastdistil.objectives.base import Objective, ObjectiveLoss, count_tokens, weight_per_token
 
 if TYPE_CHECKING:
     from fastdistil.data.masking import MaskedBatch
@@ -19,7 +19,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class VocabularyObjective:
+class VocabularyObjective(Objective):
     """`kd_weight * T^2 * D(teacher || student) + ce_weight * CE(student, masked tokens)`, each term a mean.
 
     CE is over the masked tokens. KD (Hinton et al. 2015) is over the same tokens with `positions="masked"`,
@@ -53,7 +53,7 @@ class VocabularyObjective:
 
     def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
         masked = (batch.position_labels != IGNORED).sum()
-        kd = batch.attention_mask.ne(0).sum() if self.positions == "all" else masked
+        kd = count_tokens(batch) if self.positions == "all" else masked
         return {name: kd if name == "kd" else masked for name in self.terms}
 
     def loss(

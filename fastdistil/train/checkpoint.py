@@ -3,6 +3,7 @@
 A checkpoint is a folder `checkpoint-<step>`:
 
     model.safetensors, config.json   the model, as transformers reads it
+    projections.safetensors          what the objectives learn, if they do
     optimizer.safetensors            `<moment>/<parameter name>`
     rng-<rank>.safetensors           the generator states of one process
     state.json                       step, tokens, position in the data, fingerprint, SHA-256 of each file
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from fastdistil.errors import RunError
 
+PROJECTIONS = "projections.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -59,6 +61,7 @@ def set_rng_state(state: Rng, device: torch.device) -> None:
 def save_checkpoint(
     root: Path,
     model: nn.Module,
+    projections: nn.Module,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     *,
@@ -81,7 +84,10 @@ def save_checkpoint(
 
     def write() -> None:
         write_model(temporary, model)
-        write_durably(temporary / "optimizer.safetensors", save(_optimizer_tensors(model, optimizer)))
+        if learned := _distinct_tensors(projections):
+            write_durably(temporary / PROJECTIONS, save(learned))
+        names = _names(model, projections)
+        write_durably(temporary / "optimizer.safetensors", save(_optimizer_tensors(names, optimizer)))
         sums = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
         state = {**asdict(progress), "data": data, "fingerprint": fingerprint, "sha256": sums}
         write_durably(temporary / "state.json", json.dumps(state, indent=1).encode())
@@ -121,14 +127,21 @@ def newest_checkpoint(root: Path, fingerprint: str) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
+    folder: Path,
+    model: nn.Module,
+    projections: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
 ) -> tuple[Progress, dict[str, Any]]:
-    """Put a checkpoint back into the model, the optimiser and the generators of this process.
+    """Put a checkpoint back into the models, the optimiser and the generators of this process.
 
     Returns where training stood, and the state of the batch source.
     """
     load_weights(model, folder / "model.safetensors")
-    _load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"))
+    if (folder / PROJECTIONS).exists():
+        load_weights(projections, folder / PROJECTIONS)
+    names = _names(model, projections)
+    _load_optimizer(names, optimizer, load_file(folder / "optimizer.safetensors"))
     rng = folder / f"rng-{accelerator.process_index}.safetensors"
     if rng.exists():
         set_rng_state(load_file(rng), accelerator.device)
@@ -140,13 +153,8 @@ def load_checkpoint(
 
 def write_model(folder: Path, model: Any) -> None:
     """`model.safetensors` and `config.json`, flushed to the disk; tied weights are written once."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.detach().cpu().contiguous()
-    write_durably(folder / "model.safetensors", save(tensors, metadata={"format": "pt"}))
+    content = save(_distinct_tensors(model), metadata={"format": "pt"})
+    write_durably(folder / "model.safetensors", content)
     write_durably(folder / "config.json", model.config.to_json_string(use_diff=False).encode())
 
 
@@ -159,6 +167,19 @@ def load_weights(model: nn.Module, file: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
+
+
+def load_projections(projections: nn.Module, root: Path, fingerprint: str) -> None:
+    """Copy what the objectives of a finished run learned, from its newest checkpoint.
+
+    Raises `RunError` if that is gone.
+    """
+    if not projections.state_dict():
+        return
+    newest = newest_checkpoint(root, fingerprint)
+    if newest is None:
+        raise RunError(f"{root}: the checkpoints are gone, and with them what the objectives learned")
+    load_weights(projections, newest / PROJECTIONS)
 
 
 def write_durably(file: Path, content: bytes) -> None:
@@ -178,8 +199,23 @@ def publish(temporary: Path, folder: Path) -> None:
     _fsync_folder(folder.parent)
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _distinct_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Those of the state dict, a tied one once."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in module.state_dict().items():
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors
+
+
+def _names(model: nn.Module, projections: nn.Module) -> dict[Tensor, str]:
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return names | {parameter: f"projections.{name}" for name, parameter in projections.named_parameters()}
+
+
+def _optimizer_tensors(names: dict[Tensor, str], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{key}/{names[parameter]}": value.detach().cpu().contiguous()
         for parameter, state in optimizer.state.items()
@@ -187,8 +223,9 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    names = {parameter: name for name, parameter in model.named_parameters()}
+def _load_optimizer(
+    names: dict[Tensor, str], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     moments: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         moment, _, name = key.partition("/")

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run, in one file.
+"""The whole configuration of a training run; the objectives' sections are in objective_config.py.
 
 `load_config` reads a recipe (YAML), applies `key=value` overrides and returns a checked `RunConfig`.
 Every key is documented on its field, with its unit; an unknown key is an error that names the nearest one.
@@ -10,17 +10,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from fastdistil.errors import UserError
 from fastdistil.recipes import load_recipe
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from fastdistil.train.objective_config import OBJECTIVES, ObjectiveConfig, Section, VocabularyConfig
 
 
 class StudentConfig(Section):
@@ -120,38 +117,6 @@ class MaskingConfig(Section):
         return self
 
 
-class VocabularyConfig(Section):
-    """`kd_weight * T^2 * D(teacher || student) + ce_weight * CE(student, masked tokens)`."""
-
-    name: Literal["vocabulary"] = "vocabulary"
-    kd_weight: float = Field(default=1.0, ge=0, description="weight of the distillation term; 0: no teacher")
-    ce_weight: float = Field(default=0.0, ge=0, description="weight of the masked-language-model term")
-    temperature: float = Field(
-        default=2.0, gt=0, description="T, of both distributions of the distillation term"
-    )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    jsd_beta: float = Field(
-        default=0.5, gt=0, lt=1, description="share of the teacher in the mixture of 'jsd'"
-    )
-    positions: Literal["masked", "all"] = Field(
-        default="masked",
-        description="where the distillation term acts: the masked tokens, or all but padding",
-    )
-    chunk_size: int | None = Field(
-        default=None, ge=1, description="rows of logits at once; None: by cache size"
-    )
-
-
-class CosineConfig(Section):
-    """`weight * (1 - cos(student, teacher))` of the last hidden states, over all tokens but padding."""
-
-    name: Literal["cosine"] = "cosine"
-    weight: float = Field(default=1.0, ge=0)
-
-
-ObjectiveConfig = Annotated[VocabularyConfig | CosineConfig, Field(discriminator="name")]
-
-
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019)."""
 
@@ -188,6 +153,11 @@ class LoopConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="bf16: autocast; auto: bf16 where the device has the instructions"
     )
+    teacher_precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="of the teacher, which needs no gradient; auto: bf16 where the device has the "
+        "instructions, whatever `precision` is",
+    )
     head_warmup_steps: int = Field(
         default=0,
         ge=0,
@@ -216,11 +186,16 @@ class RunConfig(Section):
     seed: int = Field(
         default=0, ge=0, description="of the weights, the data order, the masks and the dropout"
     )
-    teacher: str | None = Field(default=None, description="folder or hub id of a model with a masked-LM head")
+    teacher: str | None = Field(
+        default=None,
+        description="folder or hub id; with a masked-LM head where objective `vocabulary` is used",
+    )
     new_teacher: NewTeacherConfig | None = Field(default=None, description="train the teacher first")
     student: StudentConfig = StudentConfig()
     data: DataConfig = DataConfig()
-    masking: MaskingConfig = MaskingConfig()
+    masking: MaskingConfig | None = Field(
+        default=MaskingConfig(), description="None: the models read the text as it is"
+    )
     objectives: list[ObjectiveConfig] = Field(min_length=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -232,7 +207,12 @@ class RunConfig(Section):
 
     @property
     def uses_teacher(self) -> bool:
-        return any(o.name == "cosine" or o.kd_weight > 0 for o in self.objectives)
+        return any(o.name != "vocabulary" or o.kd_weight > 0 for o in self.objectives)
+
+    @property
+    def uses_vocabulary(self) -> bool:
+        """Whether teacher and student need a masked-language-model head."""
+        return any(o.name == "vocabulary" for o in self.objectives)
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides the result (so not of where it is written)."""
@@ -355,8 +335,10 @@ def _explain(error: ValidationError) -> str:
     # An unknown key explains the others (a missing one may be misspelt), so it goes first.
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = problems[0]
-    tags = {"vocabulary", "cosine"}
-    path = [str(part) for part in first["loc"] if part not in tags]
+    location = first["loc"]
+    if location[:1] == ("objectives",):
+        location = location[:2] + location[3:]  # without the name of the objective
+    path = [str(part) for part in location]
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
         known = _keys_at(first["loc"][:-1])
@@ -365,6 +347,8 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {dotted}: {hint}"
     if first["type"] == "missing":
         return f"{dotted} is missing"
+    if first["type"] == "union_tag_invalid":
+        return f"{dotted}.name must be one of {', '.join(OBJECTIVES)}, got {first['ctx']['tag']!r}"
     message = first["msg"].removeprefix("Value error, ")
     where = f"{dotted}: " if dotted else ""
     shown = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
@@ -372,23 +356,21 @@ def _explain(error: ValidationError) -> str:
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys of the section at a pydantic error location (which holds union tags and list indices)."""
+    """The keys of the section at a pydantic error location."""
+    if location[:1] == ("objectives",):
+        return list(OBJECTIVES[str(location[2])].model_fields)
     section: type[BaseModel] = RunConfig
     for part in location:
-        if part == "vocabulary":
-            section = VocabularyConfig
-        elif part == "cosine":
-            section = CosineConfig
-        elif isinstance(part, str) and part != "objectives":
-            annotation = section.model_fields[part].annotation
-            options = (annotation, *get_args(annotation))
-            section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+        annotation = section.model_fields[str(part)].annotation
+        options = (annotation, *get_args(annotation))
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
     return list(section.model_fields)
 
 
 def _check_complete(config: RunConfig) -> None:
     if config.data.corpus is None:
         raise UserError(f"recipe {config.recipe} needs a corpus: --corpus ID_OR_PATH")
+    _check_objectives(config)
     if config.uses_teacher and config.teacher is None and config.new_teacher is None:
         raise UserError(f"recipe {config.recipe} needs a teacher: --teacher ID_OR_DIR")
     if config.teacher is not None and config.new_teacher is not None:
@@ -407,3 +389,28 @@ def _check_complete(config: RunConfig) -> None:
     layers, count = config.student.teacher_layers, config.student.num_layers
     if layers is not None and count is not None and len(layers) != count:
         raise UserError(f"student.teacher_layers names {len(layers)} layers, student.num_layers is {count}")
+
+
+def _check_objectives(config: RunConfig) -> None:
+    names = [objective.name for objective in config.objectives]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"objectives: {name} is given twice")
+    for i, objective in enumerate(config.objectives):
+        if (
+            config.masking is None
+            and isinstance(objective, VocabularyConfig)
+            and objective.needs_masked_tokens
+        ):
+            raise UserError(
+                f"objectives.{i}: without masking there are no masked tokens; set masking.probability, or "
+                "positions to all and ce_weight to 0"
+            )
+    if config.baseline and config.uses_teacher and not config.uses_vocabulary:
+        raise UserError(
+            "baseline: trains the student as a masked language model, which needs objective vocabulary; a "
+            "run without it compares with the student before training"
+        )
+    if config.masking is None and (config.baseline or config.new_teacher):
+        which = "baseline" if config.baseline else "new_teacher"
+        raise UserError(f"masking: {which} trains a masked language model and needs it")

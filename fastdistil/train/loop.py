@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from fastdistil.data.batches import BatchSource
 from fastdistil.data.masking import MaskedBatch, Masker
 from fastdistil.errors import RunError
-from fastdistil.models.taps import Taps, tap, tap_teacher
-from fastdistil.objectives import Objective
+from fastdistil.models.taps import Taps, Wanted, tap, tap_teacher
+from fastdistil.objectives import Objective, projections
 from fastdistil.train.checkpoint import (
     Progress,
     Rng,
@@ -35,6 +35,7 @@ from fastdistil.train.checkpoint import (
 )
 from fastdistil.train.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fastdistil.train.logging import RunLog
+from fastdistil.train.prepare import Unmasked
 
 
 @dataclass
@@ -42,12 +43,12 @@ class Phase:
     """One model's training: what is learned from what, for how long."""
 
     name: str
-    model: Any  # the masked language model that is trained
+    model: Any  # the one that is trained
     teacher: Any | None  # in eval mode
     teacher_dtype: torch.dtype | None  # autocast of the teacher
     objectives: Sequence[Objective]
     batches: BatchSource
-    masker: Masker
+    masker: Masker | Unmasked
     steps: int
     seed: int  # of the dropout
     optimizer: OptimizerConfig
@@ -66,12 +67,14 @@ class Learner(nn.Module):
         super().__init__()
         self.student = student
         self.objectives = objectives
+        self.projections = projections(objectives)  # registered, for DDP
+        self.wanted = Wanted.union(objective.student_taps for objective in objectives)
 
     def forward(
         self, batch: MaskedBatch, teacher: Taps | None, counts: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This batch's share of the step's weighted loss, and of the mean of each term, for the log."""
-        student = tap(self.student, batch.input_ids, batch.attention_mask)
+        student = tap(self.student, batch.input_ids, batch.attention_mask, self.wanted)
         results = [objective.loss(student, teacher, batch, counts) for objective in self.objectives]
         terms = {term: value / counts[term] for result in results for term, value in result.sums.items()}
         return torch.stack([result.loss for result in results]).sum(), terms
@@ -84,19 +87,18 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
     `KeyboardInterrupt` after Ctrl-C, once a checkpoint is saved.
     """
     device, world = accelerator.device, accelerator.num_processes
-    trained = phase.parameters or list(phase.model.parameters())
-    for parameter in phase.model.parameters():
-        parameter.requires_grad_(False)
+    plain = Learner(phase.model, phase.objectives).to(device).train()
+    trained = [*(phase.parameters or phase.model.parameters()), *plain.projections.parameters()]
+    plain.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    phase.model.to(device).train()
     optimizer = _adamw(trained, phase.optimizer, device)
-    learner = accelerator.prepare_model(Learner(phase.model, phase.objectives))
+    learner = accelerator.prepare_model(plain)
     torch.manual_seed(phase.seed * 1_000_003 + accelerator.process_index)
 
     progress = Progress()
     if found := newest_checkpoint(phase.checkpoints, phase.fingerprint):
-        progress, data = load_checkpoint(found, phase.model, optimizer, accelerator)
+        progress, data = load_checkpoint(found, phase.model, plain.projections, optimizer, accelerator)
         phase.batches.load_state_dict(data)
         log.say(f"{phase.name}: resumed from {found.name}")
     accelerator.wait_for_everyone()
@@ -109,6 +111,7 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
         save_checkpoint(
             phase.checkpoints,
             phase.model,
+            plain.projections,
             optimizer,
             progress,
             rng=rng,
@@ -126,14 +129,9 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
             micro_batches = _masked_batches(phase, step, device)
             counts = _global_counts(phase.objectives, micro_batches, accelerator)
             for i, batch in enumerate(micro_batches):
-                teacher = None
-                if phase.teacher is not None:
-                    teacher = tap_teacher(
-                        phase.teacher, batch.input_ids, batch.attention_mask, phase.teacher_dtype
-                    )
                 last = i == len(micro_batches) - 1
                 with nullcontext() if last else accelerator.no_sync(learner):
-                    loss, terms = learner(batch, teacher, counts)
+                    loss, terms = learner(batch, _teacher_taps(phase, batch), counts)
                     # DDP averages over the processes; the counts already cover them all.
                     accelerator.backward(loss * world)
                 window.add(loss, terms, batch)
@@ -201,10 +199,17 @@ def _masked_batches(phase: Phase, step: int, device: torch.device) -> list[Maske
     return [phase.masker.mask(b.input_ids, b.attention_mask, b.sequence_index, b.epoch) for b in moved]
 
 
+def _teacher_taps(phase: Phase, batch: MaskedBatch) -> Taps | None:
+    if phase.teacher is None:
+        return None
+    wanted = Wanted.union(objective.teacher_taps for objective in phase.objectives)
+    return tap_teacher(phase.teacher, batch.input_ids, batch.attention_mask, phase.teacher_dtype, wanted)
+
+
 def _global_counts(
     objectives: Sequence[Objective], micro_batches: Sequence[MaskedBatch], accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """How many tokens each term uses, over all micro-batches and processes; on the device."""
+    """What the mean of each term is over, of all micro-batches and processes; on the device."""
     sums: dict[str, Tensor] = {}
     for batch in micro_batches:
         for objective in objectives:

@@ -15,42 +15,45 @@ the output folder, under the phase's name; a resumed run skips it.
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from fastdistil.errors import RunError, UserError
-from fastdistil.evaluate import count_parameters, evaluate_masked_lm, measure_latency
+from fastdistil.evaluate import count_parameters, evaluate_masked_lm, evaluate_objectives, measure_latency
 from fastdistil.models.heads import mlm_head
-from fastdistil.models.load import load_encoder_with_new_head, load_masked_lm
+from fastdistil.models.load import load_encoder, load_encoder_with_new_head, load_masked_lm
 from fastdistil.models.student import make_student
 from fastdistil.models.taps import fast_dtype
-from fastdistil.objectives import CosineObjective, Objective, VocabularyObjective
-from fastdistil.train.checkpoint import publish, write_durably
+from fastdistil.objectives import Objective, projections
+from fastdistil.train.build import make_objectives, try_objectives
+from fastdistil.train.checkpoint import load_projections, publish, write_durably
 from fastdistil.train.config import (
     LoopConfig,
     NewTeacherConfig,
-    ObjectiveConfig,
     RunConfig,
     ScheduleConfig,
-    VocabularyConfig,
     first_difference,
     read_config,
 )
 from fastdistil.train.logging import METRICS, RunLog, read_metrics
 from fastdistil.train.loop import Phase, train
+from fastdistil.train.objective_config import ObjectiveConfig, VocabularyConfig, describe
 from fastdistil.train.prepare import check_length, prepare_data, prepare_tokenizer
 from fastdistil.train.report import (
+    BEFORE,
     ModelResult,
     console_table,
     draw_curves,
     model_card,
+    shown,
     verdict,
     write_results,
 )
@@ -60,7 +63,10 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where the run wrote, and its table: one row for each of teacher, student, baseline or model."""
+    """Where the run wrote, and its table: one row for each of teacher, student, baseline or model.
+
+    Without a masked-language-model head: teacher, student before training, student.
+    """
 
     output: Path
     models: list[ModelResult]
@@ -79,10 +85,13 @@ def run(config: RunConfig, resume: bool = False) -> RunResult:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
     """
     disable_progress_bar()
-    dtype = _autocast_dtype(config)
+    dtype = _autocast_dtype(config.run.precision)
     # Without an accelerator device, accelerate must be told so, or it ignores a launcher's processes.
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if dtype == torch.bfloat16 else "no"
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        # A head reaches every parameter; layers that lie behind the last tap get no gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=not config.uses_vocabulary)],
     )
     try:
         _claim_output(config, resume, accelerator)
@@ -102,6 +111,7 @@ class _Run:
     ) -> None:
         self.config, self.accelerator, self.dtype, self.log = config, accelerator, dtype, log
         self.output = config.output
+        self.load = load_masked_lm if config.uses_vocabulary else load_encoder
         self.trained: dict[str, Path] = {}
 
     def whole(self) -> RunResult:
@@ -109,7 +119,8 @@ class _Run:
         source = config.teacher or config.student.from_model
         tokenizer = None
         if config.teacher is not None:
-            teacher, tokenizer = load_masked_lm(config.teacher)
+            teacher, tokenizer = self.load(config.teacher)
+            self._try(teacher)
         elif config.student.from_model is not None:
             # A first look, for the tokenizer; the head's bias needs the token counts of the text.
             model, tokenizer = load_encoder_with_new_head(config.student.from_model)
@@ -124,7 +135,8 @@ class _Run:
             return self._report(None)
         if config.new_teacher is not None:
             folder = self._new_teacher(config.new_teacher)
-            teacher, _ = load_masked_lm(folder)
+            teacher, _ = self.load(folder)
+            self._try(teacher)
         self._distil(teacher)
         return self._report(teacher)
 
@@ -189,10 +201,19 @@ class _Run:
             seed=self.config.seed + 1,
         )
 
+    def _untrained(self, teacher: Any) -> tuple[Any, list[Objective]]:
+        """The student at its first weights and its objectives, the same ones at each call."""
+        torch.manual_seed(self.config.seed)
+        student = make_student(teacher, **self.config.student.model_dump(exclude={"from_model"}))
+        return student, make_objectives(self.config.objectives, student, teacher)
+
+    def _try(self, teacher: Any) -> None:
+        student, objectives = self._untrained(teacher)
+        try_objectives(objectives, student, teacher)
+
     def _distil(self, teacher: Any) -> None:
         def fresh() -> Any:
-            options = self.config.student.model_dump(exclude={"from_model"})
-            return make_student(teacher, **options)
+            return make_student(teacher, **self.config.student.model_dump(exclude={"from_model"}))
 
         teacher.to(self.accelerator.device).eval().requires_grad_(False)
         self._phase("student", fresh, teacher=teacher, objectives=self.config.objectives)
@@ -224,14 +245,20 @@ class _Run:
         seed = config.seed if seed is None else seed
         torch.manual_seed(config.seed)
         model = build()
+        built = make_objectives(objectives or [VocabularyConfig(kd_weight=0, ce_weight=1)], model, teacher)
+        compared = built if objectives and not config.uses_vocabulary else None
+        some = data.held_out_rows[: config.run.eval_sequences]
+
+        def evaluate(model: Any) -> dict[str, float]:
+            scores = self._scores(model, some, compared, teacher, self.dtype)
+            return {f"held_out_{measure}": scores[measure] for measure in shown(scores)}
+
         phase = Phase(
             name=name,
             model=model,
             teacher=teacher,
-            teacher_dtype=self.dtype,
-            objectives=[
-                make_objective(o) for o in objectives or [VocabularyConfig(kd_weight=0, ce_weight=1)]
-            ],
+            teacher_dtype=_autocast_dtype(config.run.teacher_precision),
+            objectives=built,
             batches=data.batches(config.run, seed, accelerator),
             masker=data.masker(config, seed, accelerator.device),
             steps=steps or data.steps(config.run),
@@ -241,7 +268,7 @@ class _Run:
             loop=loop or config.run,
             checkpoints=self.output / "checkpoints" / name,
             fingerprint=config.fingerprint(),
-            evaluate=self._evaluate,
+            evaluate=evaluate,
             parameters=mlm_head(model).parameters() if head_only else None,
         )
         train(phase, accelerator, self.log)
@@ -258,27 +285,28 @@ class _Run:
         accelerator.free_memory()
         return folder
 
-    def _evaluate(self, model: Any) -> dict[str, float]:
-        """On the first held-out sequences, while training."""
-        score = evaluate_masked_lm(
-            model,
-            self.data.facts,
-            self.data.held_out,
-            self.data.held_out_rows[: self.config.run.eval_sequences],
-            dtype=self.dtype,
-        )
-        return {"held_out_loss": score.loss, "held_out_accuracy": score.accuracy}
+    def _scores(
+        self,
+        model: Any,
+        rows: np.ndarray,
+        objectives: Sequence[Objective] | None,
+        teacher: Any | None,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, float]:
+        """On held-out text: the terms of `objectives`, or as a masked language model."""
+        data = self.data
+        if objectives is not None:
+            masker = data.masker(self.config, seed=0, device=model.device)  # the same tokens for every model
+            return evaluate_objectives(model, teacher, objectives, masker, data.held_out, rows, dtype=dtype)
+        score = evaluate_masked_lm(model, data.facts, data.held_out, rows, dtype=dtype)
+        return {"loss": score.loss, "accuracy": score.accuracy, "perplexity": score.perplexity}
 
     def _report(self, teacher: Any | None) -> RunResult:
         """Evaluate every model on all held-out text; write table, picture and model cards (main process)."""
         results: list[ModelResult] = []
         if self.accelerator.is_main_process:
             self.log.say("evaluating on all held-out text, and timing on the CPU")
-            models = {"teacher": teacher} if teacher is not None else {}
-            for name, folder in self.trained.items():
-                if name not in ("teacher", "head"):  # the head's phase only prepares the model's
-                    models[name] = load_masked_lm(folder)[0]
-            results = self._measure(models)
+            results = self._measure(*self._final(teacher))
             for result in results:
                 if result.name in self.trained:
                     card = model_card(self.config, result)
@@ -291,14 +319,27 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return RunResult(self.output, results)
 
-    def _measure(self, models: dict[str, Any]) -> list[ModelResult]:
-        data, records = self.data, read_metrics(self.output / METRICS)
-        scores = {
-            name: evaluate_masked_lm(
-                model.to(self.accelerator.device), data.facts, data.held_out, data.held_out_rows
-            )
-            for name, model in models.items()
-        }
+    def _final(self, teacher: Any | None) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+        """The models of the table, and their scores on all held-out text."""
+        device, rows = self.accelerator.device, self.data.held_out_rows
+        if self.config.uses_vocabulary:
+            models = {"teacher": teacher} if teacher is not None else {}
+            for name, folder in self.trained.items():
+                if name not in ("teacher", "head"):  # the head's phase only prepares the model's
+                    models[name] = load_masked_lm(folder)[0]
+            return models, {n: self._scores(m.to(device), rows, None, None) for n, m in models.items()}
+
+        before, objectives = self._untrained(teacher)
+        learned = projections(objectives).to(device)
+        scores = {"teacher": {}, BEFORE: self._scores(before.to(device), rows, objectives, teacher)}
+        # The student's folder does not hold them.
+        load_projections(learned, self.output / "checkpoints" / "student", self.config.fingerprint())
+        after, _ = load_encoder(self.trained["student"])
+        scores["student"] = self._scores(after.to(device), rows, objectives, teacher)
+        return {"teacher": teacher, BEFORE: before, "student": after}, scores
+
+    def _measure(self, models: dict[str, Any], scores: dict[str, dict[str, float]]) -> list[ModelResult]:
+        records = read_metrics(self.output / METRICS)
         for model in models.values():
             model.to("cpu")
         latencies = measure_latency(models, batch_sizes=(1,), length=self.config.data.max_length)
@@ -308,14 +349,11 @@ class _Run:
             results.append(
                 ModelResult(
                     name=name,
-                    path=str(self.trained[name]) if name in self.trained else str(self.config.teacher),
+                    path=self._path(name),
                     layers=model.config.num_hidden_layers,
                     hidden_size=model.config.hidden_size,
                     parameters=count_parameters(model),
-                    loss=scores[name].loss,
-                    accuracy=scores[name].accuracy,
-                    perplexity=scores[name].perplexity,
-                    held_out_tokens=scores[name].tokens,
+                    scores=scores[name],
                     latency_ms=latencies[name][0].p50_ms,
                     latency_p95_ms=latencies[name][0].p95_ms,
                     threads=latencies[name][0].threads,
@@ -326,42 +364,20 @@ class _Run:
             )
         return results
 
-
-def make_objective(config: ObjectiveConfig) -> Objective:
-    options = config.model_dump(exclude={"name"})
-    return VocabularyObjective(**options) if config.name == "vocabulary" else CosineObjective(**options)
-
-
-def describe(objectives: list[ObjectiveConfig]) -> str:
-    """The loss as it is computed, for the log: weights, T^2, and what each mean is over."""
-    parts = []
-    for o in objectives:
-        if o.name == "cosine":
-            parts.append(
-                f"{o.weight:g} · (1 − cos) of the last hidden states [mean over all tokens but padding]"
-            )
-            continue
-        if o.kd_weight:
-            where = "the masked tokens" if o.positions == "masked" else "all tokens but padding"
-            divergence = {
-                "forward_kl": "KL(teacher‖student)",
-                "reverse_kl": "KL(student‖teacher)",
-                "jsd": f"JSD(β={o.jsd_beta:g})",
-            }[o.divergence]
-            parts.append(f"{o.kd_weight:g} · T²·{divergence} at T={o.temperature:g} [mean over {where}]")
-        if o.ce_weight:
-            parts.append(f"{o.ce_weight:g} · CE at T=1 [mean over the masked tokens]")
-    return f"loss = {' + '.join(parts)}; each mean is over the whole batch of an optimiser step"
+    def _path(self, name: str) -> str | None:
+        if name == "teacher" and name not in self.trained:
+            return self.config.teacher
+        return str(self.trained[name]) if name in self.trained else None
 
 
-def _autocast_dtype(config: RunConfig) -> torch.dtype | None:
-    match config.run.precision:
-        case "fp32":
-            return None
+def _autocast_dtype(precision: str) -> torch.dtype | None:
+    match precision:
         case "bf16":
             return torch.bfloat16
         case "auto":
             return fast_dtype(torch.accelerator.current_accelerator() or torch.device("cpu"))
+        case _:
+            return None
 
 
 def _claim_output(config: RunConfig, resume: bool, accelerator: Accelerator) -> None:

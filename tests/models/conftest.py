@@ -1,4 +1,4 @@
-"""Tiny random masked language models of every supported family."""
+"""Tiny random masked language models of every family that can be a student, and two that can be tapped."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +34,12 @@ def build_tiny(family: str, **changes: Any) -> Any:
         case "modernbert":
             special = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 1)
             config = transformers.ModernBertConfig(pad_token_id=0, local_attention=4, **special, **SIZES)
+        case "albert":
+            config = transformers.AlbertConfig(embedding_size=12, **SIZES)
+        case "mobilebert":
+            config = transformers.MobileBertConfig(
+                embedding_size=12, intra_bottleneck_size=8, num_feedforward_networks=2, **SIZES
+            )
     for name, value in changes.items():
         setattr(config, name, value)
     model = transformers.AutoModelForMaskedLM.from_config(config)

@@ -11,7 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fastdistil.errors import UserError
-from fastdistil.models.load import load_encoder_with_new_head, load_masked_lm
+from fastdistil.models.load import load_encoder, load_encoder_with_new_head, load_masked_lm
 from fastdistil.models.student import check_same_tokenizer
 
 REAL_ENCODER = Path(__file__).parents[3] / "shared" / "models" / "encoder-12x384"
@@ -71,6 +71,25 @@ def test_a_discriminator_is_not_taken_for_a_generator(build, tmp_path):
     make_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UserError, match="generator_lm_head"):
         load_masked_lm(tmp_path)
+
+
+@pytest.mark.parametrize("pooler", [False, True])
+def test_an_encoder_is_loaded_without_head_and_pooler(tiny_model, tiny_batch, tmp_path, pooler):
+    """From a folder with a head, and from one with an encoder alone and a pooler, where a family has one."""
+    model = tiny_model
+    if pooler:
+        model = transformers.AutoModel.from_config(tiny_model.config)
+        model.load_state_dict(tiny_model.base_model.state_dict(), strict=False)
+    model.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    encoder, tokenizer = load_encoder(tmp_path)
+    ids, mask = tiny_batch(tiny_model)
+    expected = tiny_model.base_model(ids, mask).last_hidden_state
+    assert torch.equal(encoder(ids, mask).last_hidden_state, expected)
+    assert encoder.base_model is encoder
+    assert not [name for name, _ in encoder.named_parameters() if "pooler" in name]
+    assert not encoder.training
+    assert tokenizer.mask_token_id == 4
 
 
 def test_a_new_head_keeps_the_encoder_in_float32_and_is_tied(headless_folder, build, tiny_batch):
@@ -167,6 +186,27 @@ def test_a_spoiled_folder_gives_one_line_that_names_it(bert_folder, spoil, messa
     with pytest.raises(UserError, match=message) as caught:
         load_masked_lm(bert_folder)
     assert str(caught.value).startswith(str(bert_folder))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (as_pickle, "no safetensors weights"),
+        (truncated, "cannot be loaded as an encoder"),
+        (
+            deeper,
+            r"weights do not fit BertModel: \d+ encoder weights are missing, the first is 'encoder.layer.4",
+        ),
+        (without_tokenizer, "no tokenizer"),
+    ],
+)
+def test_a_spoiled_encoder_folder_gives_one_line_that_names_it(headless_folder, spoil, message):
+    spoil(headless_folder)
+    with pytest.raises(UserError, match=message) as caught:
+        load_encoder(headless_folder)
+    assert str(caught.value).startswith(str(headless_folder))
     assert "\n" not in str(caught.value)
 
 

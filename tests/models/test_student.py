@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, DistilBertForMaskedLM
+from transformers import AutoModelForMaskedLM, BertModel, DistilBertForMaskedLM, RobertaModel
 
 from fastdistil.errors import UserError
 from fastdistil.models.student import make_student, spread_layers
@@ -30,6 +30,25 @@ def test_a_student_with_two_layers_equals_the_teacher_cut_to_them(tiny_model, ti
         # Layers 0 and 2 of the pattern full, sliding, sliding, full.
         assert student.config.layer_types == ["full_attention", "sliding_attention"]
     torch.testing.assert_close(logits(student, ids, mask), logits(tiny_model, ids, mask), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [[0, 1, 2, 3], [0, 2]])
+def test_an_encoder_gives_the_encoder_of_the_student_with_a_head(tiny_model, tiny_batch, layers):
+    ids, mask = tiny_batch(tiny_model)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    student = make_student(tiny_model.base_model, teacher_layers=layers).eval()
+    expected = make_student(tiny_model, teacher_layers=layers).eval().base_model
+    assert type(student) is type(expected)
+    with torch.no_grad():
+        assert torch.equal(student(**inputs).last_hidden_state, expected(**inputs).last_hidden_state)
+
+
+def test_a_pooler_is_left_out(build):
+    teacher = BertModel(build("bert").config)
+    student = make_student(teacher)
+    assert type(student).__name__ == "DistilBertModel"
+    roberta = make_student(RobertaModel(build("roberta").config))
+    assert not [name for name, _ in roberta.named_parameters() if "pooler" in name]
 
 
 def test_the_vocabulary_matrix_of_the_student_stays_tied_and_is_its_own(tiny_model):

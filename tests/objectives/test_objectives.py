@@ -232,7 +232,7 @@ def test_a_teacher_in_training_mode_is_refused(models, batch):
 def test_cosine_of_different_widths_is_refused(models, batch):
     student, teacher = models
     taps = tap(student, batch.input_ids, batch.attention_mask)
-    narrow = Taps(taps.last_hidden[..., :8], taps.head)
+    narrow = Taps(taps.last_hidden[..., :8], taps.model)
     objective = CosineObjective()
     with pytest.raises(UserError, match="student's are 8 wide and the teacher's 16"):
         objective.loss(narrow, tap_teacher(teacher, batch.input_ids, batch.attention_mask), batch, {})

@@ -9,7 +9,7 @@ from fastdistil.train.config import load_config
 
 def test_every_recipe_names_itself_its_source_and_fits_the_schema():
     recipes = list_recipes()
-    assert [r.name for r in recipes] == ["distilbert", "mlm", "quickstart"]
+    assert [r.name for r in recipes] == ["distilbert", "minilm", "mlm", "quickstart"]
     for recipe in recipes:
         assert recipe.description
         assert recipe.paper
@@ -35,11 +35,29 @@ def test_distilbert_is_the_published_recipe():
     assert config.student.teacher_layers == [0, 2, 4, 7, 9, 11]
 
 
+def test_minilm_is_the_published_recipe():
+    config = load_config("minilm", teacher="t", corpus="c")
+    (relations,) = config.objectives
+    assert (relations.query_weight, relations.key_weight, relations.value_weight) == (1, 1, 1)
+    assert relations.num_heads == 48
+    assert (relations.teacher_layer, relations.student_layer) == (None, None)
+    optimizer = config.optimizer
+    assert (optimizer.lr, optimizer.betas, optimizer.eps) == (6e-4, (0.9, 0.999), 1e-6)
+    assert optimizer.weight_decay == 0.01
+    assert config.run.steps * config.schedule.warmup == 4000
+    assert (config.schedule.name, config.run.steps, config.run.batch_size) == ("linear", 400_000, 256)
+    assert config.masking is None
+    assert not config.uses_vocabulary
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("distillbert", "unknown recipe 'distillbert': did you mean distilbert?"),
-        ("zzz", "unknown recipe 'zzz': known: distilbert, mlm, quickstart, or a path to a .yaml file"),
+        (
+            "zzz",
+            "unknown recipe 'zzz': known: distilbert, minilm, mlm, quickstart, or a path to a .yaml file",
+        ),
         ("no/such/file.yaml", "cannot read recipe no/such/file.yaml"),
     ],
 )

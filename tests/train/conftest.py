@@ -1,6 +1,7 @@
 """A small corpus, and a tiny teacher that reads it."""
 
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,17 @@ def teacher_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
+def encoder_folder(teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher's encoder in a folder without a head."""
+    from transformers import BertModel
+
+    folder = tmp_path_factory.mktemp("encoder") / "tiny"
+    shutil.copytree(teacher_folder, folder)
+    BertModel.from_pretrained(teacher_folder, add_pooling_layer=False).save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Any recipe, in about a second."""
     return [
@@ -68,6 +80,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "run.checkpoint_every=2",
         "run.log_every=1",
         "run.precision=fp32",
+        "run.teacher_precision=fp32",
     ]
 
 
@@ -82,6 +95,41 @@ def distil(corpus: Path, teacher_folder: Path, overrides: list[str], tmp_path: P
             "distilbert",
             [*overrides, *sizes, *more],
             teacher=str(teacher_folder),
+            corpus=str(corpus),
+            output=output or tmp_path / "run",
+        )
+
+    return make
+
+
+# Queries, keys and values, layers through a learned projection that the embeddings share, and attention maps.
+LAYER_OBJECTIVES = (
+    "objectives=["
+    "{name: relations, num_heads: 4}, "
+    "{name: hidden, layers: uniform}, "
+    "{name: embeddings, share_projection: true}, "
+    "{name: attention_transfer, layers: [[1, 3]]}]"
+)
+NARROW = ("student.init=random", "student.hidden_size=24", "student.num_attention_heads=2")
+
+
+@pytest.fixture(scope="session")
+def layer_objectives() -> list[str]:
+    """A narrower student with every objective of single layers."""
+    return [LAYER_OBJECTIVES, *NARROW]
+
+
+@pytest.fixture
+def relate(corpus: Path, encoder_folder: Path, overrides: list[str], tmp_path: Path) -> Any:
+    """Configuration of a MiniLM run of the tiny encoder, which has no head; takes more overrides."""
+    from fastdistil.train.config import load_config
+
+    def make(*more: str, output: Path | None = None) -> Any:
+        sizes = ["student.num_layers=2", "objectives.0.num_heads=4"]
+        return load_config(
+            "minilm",
+            [*overrides, *sizes, *more],
+            teacher=str(encoder_folder),
             corpus=str(corpus),
             output=output or tmp_path / "run",
         )

@@ -14,6 +14,7 @@ from fastdistil.train import checkpoint
 from fastdistil.train.checkpoint import (
     Progress,
     load_checkpoint,
+    load_projections,
     newest_checkpoint,
     rng_state,
     save_checkpoint,
@@ -21,7 +22,7 @@ from fastdistil.train.checkpoint import (
 
 
 class Training:
-    """A tiny model that takes steps with dropout."""
+    """A tiny model that takes steps with dropout, and a projection of its hidden states beside it."""
 
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
@@ -29,14 +30,17 @@ class Training:
             BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                        intermediate_size=16, max_position_embeddings=16)
         ).train()  # fmt: skip
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, fused=True)
+        self.projections = torch.nn.ModuleList([torch.nn.Linear(16, 5)])
+        learned = [*self.model.parameters(), *self.projections.parameters()]
+        self.optimizer = torch.optim.AdamW(learned, lr=0.01, fused=True)
         self.accelerator = Accelerator(cpu=True)
         self.progress = Progress()
 
     def steps(self, count: int) -> None:
         for _ in range(count):
             ids = torch.arange(24).view(2, 12)
-            self.model(input_ids=ids, labels=ids).loss.backward()
+            output = self.model(input_ids=ids, labels=ids, output_hidden_states=True)
+            (output.loss + self.projections[0](output.hidden_states[0]).square().mean()).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
             self.progress.step += 1
@@ -45,6 +49,7 @@ class Training:
         save_checkpoint(
             root,
             self.model,
+            self.projections,
             self.optimizer,
             self.progress,
             rng=rng_state(torch.device("cpu")),
@@ -55,7 +60,9 @@ class Training:
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
-        self.progress, data = load_checkpoint(folder, self.model, self.optimizer, self.accelerator)
+        self.progress, data = load_checkpoint(
+            folder, self.model, self.projections, self.optimizer, self.accelerator
+        )
         return data
 
 
@@ -71,8 +78,23 @@ def test_training_goes_on_bit_for_bit_from_a_checkpoint(tmp_path):
     data = second.load(newest_checkpoint(tmp_path, "f"))
     assert (second.progress, data) == (Progress(3, 99, 0.0), {"at": 3})
     second.steps(3)
-    for (name, a), b in zip(first.model.named_parameters(), second.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    for part in ("model", "projections"):
+        ours, theirs = getattr(first, part), getattr(second, part)
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_what_the_objectives_learned_is_read_from_the_newest_checkpoint(tmp_path):
+    training = Training(0)
+    for _ in range(2):
+        training.steps(1)
+        training.save(tmp_path)
+    fresh = torch.nn.ModuleList([torch.nn.Linear(16, 5)])
+    load_projections(fresh, tmp_path, "f")
+    assert torch.equal(fresh[0].weight, training.projections[0].weight)
+    load_projections(torch.nn.ModuleList(), tmp_path / "nowhere", "f")  # nothing learned, nothing read
+    with pytest.raises(RunError, match="the checkpoints are gone"):
+        load_projections(fresh, tmp_path / "nowhere", "f")
 
 
 def test_a_checkpoint_is_a_transformers_folder_without_pickles(tmp_path, monkeypatch):
@@ -82,7 +104,8 @@ def test_a_checkpoint_is_a_transformers_folder_without_pickles(tmp_path, monkeyp
     monkeypatch.setattr(torch, "save", None)
     training.save(tmp_path)
     folder = tmp_path / "checkpoint-1"
-    names = {"config.json", "model.safetensors", "optimizer.safetensors", "rng-0.safetensors", "state.json"}
+    weights = {"model.safetensors", "projections.safetensors", "optimizer.safetensors", "rng-0.safetensors"}
+    names = {"config.json", "state.json", *weights}
     assert {file.name for file in folder.iterdir()} == names
     assert set(json.loads((folder / "state.json").read_text())["sha256"]) == names - {"state.json"}
     model, info = BertForMaskedLM.from_pretrained(folder, output_loading_info=True)
@@ -102,7 +125,7 @@ def _flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-_FILES = ["model.safetensors", "optimizer.safetensors", "rng-0.safetensors"]
+_FILES = ["model.safetensors", "projections.safetensors", "optimizer.safetensors", "rng-0.safetensors"]
 _DAMAGES = [(name, damage) for damage in (_cut, Path.unlink, _flip) for name in _FILES]
 
 

@@ -27,6 +27,8 @@ def load(*overrides: str):
         (["run.steps"], "an override reads key=value, got 'run.steps'"),
         (["run.micro_batch_size=7"], "run: batch_size 2000 must be a multiple of micro_batch_size 7"),
         (["masking.mask=0.5"], "masking: mask + random + keep must be 1, got 0.7"),
+        (["objectives.0.name=vocablary"], "objectives.0.name must be one of vocabulary, cosine, relations"),
+        (["masking=null"], "objectives.0: without masking there are no masked tokens"),
         (["student.num_layers=4"], "student.teacher_layers names 6 layers, student.num_layers is 4"),
     ],
 )
@@ -35,6 +37,51 @@ def test_a_wrong_key_or_value_is_named(overrides, message):
         load(*overrides)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["objectives.0.num_head=3"], "key objectives.0.num_head: did you mean objectives.0.num_heads?"),
+        (["objectives.0.num_heads=0"], "objectives.0.num_heads: input should be greater than or equal to 1"),
+        (["objectives=[{name: relations}, {name: relations}]"], "objectives: relations is given twice"),
+        (
+            ["objectives=[{name: hidden, layers: top}]"],
+            "objectives.0.layers: must be one of uniform, skip, last, first or a list of "
+            "[student layer, teacher layer], got 'top'",
+        ),
+        (["objectives=[{name: hidden, layers: [[1, 2, 3]]}]"], "objectives.0.layers: must be one of uniform"),
+        (["objectives=[{name: hidden, layers: [a, b]}]"], "objectives.0.layers: must be one of uniform"),
+        (
+            ["baseline=true"],
+            "baseline: trains the student as a masked language model, which needs objective voc",
+        ),
+        (["student.from_model=x"], "student.from_model: a distilled student starts from its teacher"),
+    ],
+)
+def test_what_is_wrong_with_objectives_of_layers_is_named(overrides, message):
+    with pytest.raises(UserError) as error:
+        load_config("minilm", overrides, teacher="t", corpus="c")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_masking_is_wanted_by_what_trains_a_masked_language_model():
+    unmasked = ["masking=null", "objectives.0.ce_weight=0", "objectives.0.positions=all"]
+    assert load(*unmasked).masking is None
+    with pytest.raises(UserError, match="masking: baseline trains a masked language model and needs it"):
+        load(*unmasked, "baseline=true")
+    config = load_config("minilm", ["masking.probability=0.2"], teacher="t", corpus="c")
+    assert config.masking.probability == 0.2
+
+
+def test_a_configuration_with_layers_reads_back(tmp_path: Path):
+    objectives = "objectives=[{name: hidden, layers: [[0, 3]]}, {name: attention_transfer, layers: last}]"
+    config = load_config("minilm", [objectives], teacher="t", corpus="c")
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert read_config(file) == config
+    assert config.objectives[0].layers == [[0, 3]]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ from fastdistil.train.run import run
 
 def weights(output: Path, name: str = "student") -> dict[str, torch.Tensor]:
     return load_file(output / name / "model.safetensors")
+
+
+def projection(output: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(output / "checkpoints" / "student" / f"checkpoint-{step}" / "projections.safetensors")
 
 
 def test_the_schedule_warms_up_and_ends_near_zero():
@@ -57,6 +62,77 @@ def test_accumulation_gives_the_same_update_as_one_big_batch(distil, tmp_path, p
         torch.testing.assert_close(
             value, outputs[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_accumulation_gives_the_same_update_for_objectives_of_layers(relate, layer_objectives, tmp_path):
+    """And the same projection. Tolerances as above."""
+    outputs = []
+    for micro in (8, 2):
+        config = relate(
+            *layer_objectives,
+            f"run.micro_batch_size={micro}",
+            "student.dropout=0",
+            "optimizer.eps=0.01",
+            "data.max_length=19",
+            "run.steps=3",
+            output=tmp_path / f"micro-{micro}",
+        )
+        run(config)
+        outputs.append(weights(config.output) | projection(config.output, 3))
+    assert outputs[0].keys() == outputs[1].keys()
+    for name, value in outputs[0].items():
+        torch.testing.assert_close(
+            value, outputs[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_what_was_tapped_of_the_teacher_is_gone_when_the_next_micro_batch_comes(relate, monkeypatch):
+    tapped = []
+    original = fastdistil.train.loop.tap_teacher
+
+    def spy(*arguments, **keywords):
+        assert [reference() for reference in tapped] == [None] * len(tapped)
+        taps = original(*arguments, **keywords)
+        (states,) = taps.attention.values()
+        tapped.extend(weakref.ref(getattr(states, name)) for name in ("query", "key", "value"))
+        return taps
+
+    monkeypatch.setattr(fastdistil.train.loop, "tap_teacher", spy)
+    run(relate("run.steps=2"))
+    assert len(tapped) == 3 * 2 * 2
+
+
+def test_a_run_with_a_projection_goes_on_exactly_after_a_crash(
+    relate, layer_objectives, tmp_path, monkeypatch
+):
+    """With dropout; the crash is in the fourth step, the checkpoint of the second."""
+    keys = [*layer_objectives, "student.dropout=0.1"]
+    whole = relate(*keys, output=tmp_path / "whole")
+    run(whole)
+
+    calls = 0
+    original = fastdistil.train.loop.tap_teacher
+
+    def crashing(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls == 2 * 3 + 1:
+            raise SystemExit
+        return original(*arguments, **keywords)
+
+    config = relate(*keys, output=tmp_path / "crashed")
+    monkeypatch.setattr(fastdistil.train.loop, "tap_teacher", crashing)
+    with pytest.raises(SystemExit):
+        run(config)
+    monkeypatch.undo()
+    resumed = run(config, resume=True)
+    expected = weights(whole.output) | projection(whole.output, 6)
+    ours = weights(config.output) | projection(config.output, 6)
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(value, ours[name]), name
+    # A run that is resumed after its end reads the projection again for the table.
+    assert run(config, resume=True).models[-1].scores == resumed.models[-1].scores
 
 
 def test_the_log_has_the_unweighted_terms_and_their_weighted_sum(distil):

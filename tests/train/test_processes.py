@@ -15,23 +15,10 @@ from fastdistil.train.logging import read_metrics
 from fastdistil.train.run import run
 
 
-@pytest.mark.slow
-def test_two_processes_with_accumulation_give_the_update_of_one_big_batch(
-    distil, corpus, teacher_folder, overrides, tmp_path
-):
-    """Tolerances and eps as in test_loop.py."""
-    exact = ["student.dropout=0", "optimizer.eps=0.01", "data.max_length=19", "run.steps=3"]
-    one = distil(*exact, "run.micro_batch_size=8", output=tmp_path / "one")
-    run(one)
-
-    two = tmp_path / "two"
-    sizes = ["student.num_layers=2", "student.teacher_layers=null", "run.micro_batch_size=2"]
-    keys = [*overrides, *exact, *sizes]
+def _in_two_processes(arguments: list[str], keys: list[str]) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "fastdistil", "train", "distilbert", "--output", str(two)]
-    files = ["--teacher", str(teacher_folder), "--corpus", str(corpus)]
     process = subprocess.run(
-        [*launcher, *command, *files, *(a for key in keys for a in ("--set", key))],
+        [*launcher, "-m", "fastdistil", "train", *arguments, *(a for key in keys for a in ("--set", key))],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         cwd=Path(fastdistil.__file__).parents[1],
         capture_output=True,
@@ -40,18 +27,62 @@ def test_two_processes_with_accumulation_give_the_update_of_one_big_batch(
     )
     assert process.returncode == 0, process.stderr
 
-    expected, weights = (load_file(folder / "student" / "model.safetensors") for folder in (one.output, two))
+
+def _assert_same_weights(one: Path, two: Path, file: str) -> None:
+    expected, weights = (load_file(folder / file) for folder in (one, two))
+    assert weights.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(
             weights[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+EXACT = ["student.dropout=0", "optimizer.eps=0.01", "data.max_length=19", "run.steps=3"]  # see test_loop.py
+
+
+@pytest.mark.slow
+def test_two_processes_with_accumulation_give_the_update_of_one_big_batch(
+    distil, corpus, teacher_folder, overrides, tmp_path
+):
+    one = distil(*EXACT, "run.micro_batch_size=8", output=tmp_path / "one")
+    run(one)
+
+    two = tmp_path / "two"
+    sizes = ["student.num_layers=2", "student.teacher_layers=null", "run.micro_batch_size=2"]
+    files = ["--output", str(two), "--teacher", str(teacher_folder), "--corpus", str(corpus)]
+    _in_two_processes(["distilbert", *files], [*overrides, *EXACT, *sizes])
+
+    _assert_same_weights(one.output, two, "student/model.safetensors")
     checkpoint = two / "checkpoints" / "student" / "checkpoint-3"
     assert (checkpoint / "rng-1.safetensors").exists()
     assert "rng-1.safetensors" in json.loads((checkpoint / "state.json").read_text())["sha256"]
     # One process writes, and what it writes covers both.
-    records, single = (read_metrics(folder / "metrics.jsonl") for folder in (two, one.output))
+    _assert_same_records(one.output, two, ("loss", "kd", "ce", "cosine", "held_out_loss"))
+
+
+def _assert_same_records(one: Path, two: Path, keys: tuple[str, ...]) -> None:
+    records, single = (read_metrics(folder / "metrics.jsonl") for folder in (two, one))
     assert [(r["phase"], r["step"]) for r in records] == [(r["phase"], r["step"]) for r in single]
     for a, b in zip(records, single, strict=True):
         assert a.get("tokens") == b.get("tokens")
-        for key in ("loss", "kd", "ce", "cosine", "held_out_loss"):
+        for key in keys:
             torch.testing.assert_close(a.get(key, 0.0), b.get(key, 0.0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_train_objectives_of_layers_and_their_projection_as_one_does(
+    relate, corpus, encoder_folder, overrides, layer_objectives, tmp_path
+):
+    """The student's last feed-forward network gets no gradient here, which DDP must bear."""
+    only = [layer_objectives[0].replace("layers: uniform", "layers: [[0, 1]]"), *layer_objectives[1:]]
+    one = relate(*EXACT, *only, "run.micro_batch_size=8", output=tmp_path / "one")
+    run(one)
+
+    two = tmp_path / "two"
+    files = ["--output", str(two), "--teacher", str(encoder_folder), "--corpus", str(corpus)]
+    keys = [*overrides, *EXACT, *only, "student.num_layers=2", "run.micro_batch_size=2"]
+    _in_two_processes(["minilm", *files], keys)
+
+    _assert_same_weights(one.output, two, "student/model.safetensors")
+    _assert_same_weights(one.output, two, "checkpoints/student/checkpoint-3/projections.safetensors")
+    _assert_same_records(one.output, two, ("loss", "value_relation", "hidden", "held_out_hidden"))

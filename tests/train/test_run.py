@@ -2,26 +2,18 @@
 
 import errno
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, BertModel
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import fastdistil.train.run
 from fastdistil.errors import RunError, UserError
 from fastdistil.train.config import load_config
-from fastdistil.train.run import describe, run
-
-
-@pytest.fixture
-def encoder_folder(teacher_folder: Path, tmp_path: Path) -> Path:
-    """The teacher's encoder in a folder without a head."""
-    folder = tmp_path / "encoder"
-    shutil.copytree(teacher_folder, folder)
-    BertModel.from_pretrained(teacher_folder, add_pooling_layer=False).save_pretrained(str(folder))
-    return folder
+from fastdistil.train.logging import METRICS, read_metrics
+from fastdistil.train.objective_config import describe
+from fastdistil.train.run import run
 
 
 def test_a_distilled_student_and_its_report_are_written(distil):
@@ -40,12 +32,139 @@ def test_a_distilled_student_and_its_report_are_written(distil):
     teacher, distilled, alone = result.models
     assert teacher.parameters > distilled.parameters == alone.parameters
     assert (distilled.layers, distilled.train_steps, teacher.train_steps) == (2, 2, None)
-    assert teacher.held_out_tokens == distilled.held_out_tokens > 0
+    assert teacher.scores.keys() == distilled.scores.keys() == {"loss", "accuracy", "perplexity"}
     text = (result.output / "results.md").read_text()
     for m in result.models:
         assert f"| {m.name} | {m.layers} × 32 | " in text
-        assert f"| {m.loss:.4f} | {m.accuracy:.2%} |" in text
+        assert f"| {m.scores['loss']:.4f} | {m.scores['accuracy']:.2%} |" in text
     assert (result.output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_minilm_makes_an_encoder_and_reports_its_distance_to_the_teacher(relate):
+    config = relate("run.eval_sequences=1000")
+    result = run(config)
+    model, info = AutoModel.from_pretrained(result.output / "student", output_loading_info=True)
+    assert type(model).__name__ == "DistilBertModel"
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(result.output / "student").mask_token_id is not None
+    card = (result.output / "student" / "README.md").read_text()
+    assert "pipeline_tag: feature-extraction" in card
+    assert "AutoModel.from_pretrained" in card
+
+    teacher, before, after = result.models
+    assert [m.name for m in result.models] == ["teacher", "before training", "student"]
+    assert (teacher.scores, teacher.path, before.path) == ({}, config.teacher, None)
+    assert (before.train_steps, after.train_steps) == (None, 6)
+    assert before.parameters == after.parameters
+    # The curve begins and ends where the table does: both are on all held-out text.
+    curve = [r for r in read_metrics(result.output / METRICS) if "held_out_query_relation" in r]
+    assert [r["step"] for r in curve] == [0, 3, 6]
+    for term in ("query_relation", "key_relation", "value_relation"):
+        assert curve[0][f"held_out_{term}"] == pytest.approx(before.scores[term], rel=1e-5)
+        assert curve[-1][f"held_out_{term}"] == pytest.approx(after.scores[term], rel=1e-5)
+        assert 0 < after.scores[term] < before.scores[term]
+    text = (result.output / "results.md").read_text()
+    assert "| model | layers × width | parameters | query relation | key relation | value relation |" in text
+    for m in (before, after):
+        cells = " | ".join(f"{value:.4f}" for value in m.scores.values())
+        assert f"| {m.name} | 2 × 32 | {m.parameters / 1e6:.2f} M | {cells} |" in text
+    assert f"query relation {before.scores['query_relation']:.4f} → " in text
+    assert (result.output / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_teacher_with_a_head_serves_minilm_as_its_encoder_does(relate, teacher_folder, tmp_path):
+    scores = []
+    for teacher in (None, teacher_folder):
+        config = relate("run.steps=2", output=tmp_path / str(teacher is None))
+        if teacher is not None:
+            config = config.model_copy(update={"teacher": str(teacher)})
+        scores.append(run(config).models[-1].scores)
+    assert scores[0] == scores[1]
+
+
+def test_the_text_is_read_unmasked_where_masking_is_null(relate, monkeypatch):
+    seen = []
+    original = fastdistil.train.loop.tap_teacher
+
+    def spy(model, input_ids, *arguments, **keywords):
+        seen.append(input_ids)
+        return original(model, input_ids, *arguments, **keywords)
+
+    monkeypatch.setattr(fastdistil.train.loop, "tap_teacher", spy)
+    config = relate("run.steps=2")
+    run(config)
+    mask_id = AutoTokenizer.from_pretrained(config.teacher).mask_token_id
+    assert not any(ids.eq(mask_id).any() for ids in seen)
+    seen.clear()
+    run(relate("run.steps=2", "masking.probability=0.3", output=config.output.with_name("masked")))
+    assert all(ids.eq(mask_id).any() for ids in seen)
+
+
+def test_learned_projections_are_counted_in_the_scores_and_not_saved_with_the_student(
+    relate, layer_objectives
+):
+    result = run(relate(*layer_objectives))
+    _, before, after = result.models
+    assert set(before.scores) == {
+        "query_relation", "key_relation", "value_relation", "hidden", "embeddings", "attention"
+    }  # fmt: skip
+    # 6 steps at a rate of 0.01 train a projection: with a fresh one the student would not be nearer.
+    assert after.scores["hidden"] < before.scores["hidden"]
+    curve = [r for r in read_metrics(result.output / METRICS) if "held_out_hidden" in r]
+    assert after.scores["hidden"] == pytest.approx(curve[-1]["held_out_hidden"], rel=0.2)
+    assert not [name for name in load_file(result.output / "student" / "model.safetensors") if "proj" in name]
+    checkpoint = load_file(result.output / "checkpoints/student/checkpoint-6/projections.safetensors")
+    assert [tuple(value.shape) for value in checkpoint.values()] == [(32,), (32, 24)]  # one, shared
+    assert result.models[-1].hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ["objectives.0.teacher_layer=4"],
+            "objectives.0.teacher_layer: the teacher has no layer 4, .* 0 to 3",
+        ),
+        (["objectives.0.student_layer=2"], "objectives.0.student_layer: the student has no layer 2"),
+        (["objectives.0.num_heads=5"], r"num_heads must divide the widths .* got 5; these would: 1, 2, 4"),
+        (
+            ["objectives=[{name: hidden, layers: [[0, 7]]}]"],
+            "objectives.0.layers: the teacher has no layer 7",
+        ),
+        (
+            [
+                "objectives=[{name: attention_transfer}]",
+                "student.init=random",
+                "student.num_attention_heads=4",
+            ],
+            "objectives.0: .* student has 4 heads and the teacher 2: set student.num_attention_heads=2",
+        ),
+        (
+            [
+                "objectives=[{name: hidden, projection: false}]",
+                "student.init=random",
+                "student.hidden_size=16",
+            ],
+            "objectives.0.projection is false, but the student is 16 wide and the teacher 32",
+        ),
+        (
+            ["objectives=[{name: cosine}]", "student.init=random", "student.hidden_size=16"],
+            "student's are 16 wide and the teacher's 32",
+        ),
+        (
+            ["objectives=[{name: embeddings, share_projection: true}]"],
+            "objectives.0.share_projection needs an objective hidden with a projection before it",
+        ),
+    ],
+)
+def test_objectives_that_do_not_fit_the_models_are_named_before_the_text_is_read(
+    relate, keys, message, monkeypatch
+):
+    monkeypatch.setattr(fastdistil.train.run, "prepare_data", None)
+    with pytest.raises(UserError, match=message) as caught:
+        run(relate(*keys))
+    assert "\n" not in str(caught.value)
 
 
 def test_mlm_grows_a_head_first_and_then_trains_everything(encoder_folder, corpus, overrides, tmp_path):
@@ -131,3 +250,17 @@ def test_the_loss_is_described_with_its_temperature_factor_and_its_means(distil)
         "+ 1 · (1 − cos) of the last hidden states [mean over all tokens but padding]; "
         "each mean is over the whole batch of an optimiser step"
     )
+
+
+def test_the_other_losses_are_described_too(relate, layer_objectives):
+    assert describe(relate("objectives.0.key_weight=0").objectives) == (
+        "loss = 1 · KL(teacher‖student) of Q-Q + 1 · KL(teacher‖student) of V-V relations of the last layer "
+        "of the teacher and the last layer of the student "
+        "[mean over 4 relation heads and all tokens but padding]; "
+        "each mean is over the whole batch of an optimiser step"
+    )
+    text = describe(relate(*layer_objectives).objectives)
+    over = "mean over all tokens but padding and the width, sum over layers: uniform"
+    assert f"1 · MSE of hidden states [{over}]" in text
+    over = "mean over heads and pairs of tokens, sum over layers: 1←3"
+    assert f"1 · MSE of raw attention scores [{over}]" in text
