@@ -15,10 +15,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_kd_loss import CE_WEIGHT, KD_WEIGHT, TEMPERATURE, plain_loss, upcast_loss
-from harness import Variant, Work, cases, compare, compiled, device, native_bf16
+from harness import Variant, Work, cases, compare, compiled, device
 from records import FOUR_PRODUCTS, LIGER_JSD, OURS, VOCAB
 
 from fastdistil.functional import linear_kd_loss
+from fastdistil.ops.matmul import native_bf16_products
 
 LIGER_CHUNKED = "Liger, chunked JSD loss"
 
@@ -118,8 +119,8 @@ def ours(x: Inputs) -> torch.Tensor:
 
 
 def project(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if (
-        device().type == "cpu" and not native_bf16()
+    if device().type == "cpu" and not native_bf16_products(
+        device()
     ):  # what anyone would do here: the products are 50 times faster
         hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     return F.linear(hidden, weight, bias)
@@ -202,7 +203,7 @@ def trl() -> Callable[[Inputs], torch.Tensor]:
 
 
 def bare_products(x: Inputs) -> Callable[[], None]:
-    dtype = x.student_hidden.dtype if native_bf16() else torch.float32
+    dtype = x.student_hidden.dtype if native_bf16_products(device()) else torch.float32
     h_s, w_s, h_t, w_t = (
         tensor.detach().to(dtype)
         for tensor in (x.student_hidden, x.student_weight, x.teacher_hidden, x.teacher_weight)
@@ -256,7 +257,7 @@ def build(case: Case) -> Work:
 
     work.variants = {name: backward(loss) for name, loss in losses.items()}
     work.variants[FOUR_PRODUCTS] = bare_products(x)
-    if case.dtype == "bfloat16" and not native_bf16():
+    if case.dtype == "bfloat16" and not native_bf16_products(device()):
         work.notes["bfloat16"] = (
             "this CPU has no bfloat16 matrix instructions (2 GFLOP/s), so everyone's products, the bare four "
             "too, run in float32 on upcast copies; the ratio to bare bfloat16 products is not measurable here"

@@ -25,15 +25,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench_attention_kl import upcast_sum_of_kl
-from bench_train import autocast, make_batch, make_teacher, optimised
-from harness import Variant, Work, cases, compare, compiled, device, matrix_rate, native_bf16
+from bench_train import FLOAT32_TEACHER, autocast, make_batch, make_teacher, optimised
+from harness import Variant, Work, cases, compare, compiled, device, matrix_rate
 from records import HOOKS, OURS, OUTPUT_ATTENTIONS, VOCAB
 from torch import Tensor, nn
 
 from fastdistil.data.masking import MaskedBatch
 from fastdistil.models.student import make_student
-from fastdistil.models.taps import tap, tap_teacher
+from fastdistil.models.taps import fast_dtype, tap, tap_teacher
 from fastdistil.objectives import RelationsObjective
+from fastdistil.ops.matmul import native_bf16_products
 
 TEACHER_LAYERS, STUDENT_LAYERS = 12, 6
 
@@ -128,7 +129,12 @@ def hooks_step(
 
 
 def our_step(
-    teacher: Any, student: Any, batch: MaskedBatch, heads: int, dtype: torch.dtype | None
+    teacher: Any,
+    student: Any,
+    batch: MaskedBatch,
+    heads: int,
+    dtype: torch.dtype | None,
+    teacher_dtype: torch.dtype | None,
 ) -> Variant:
     """One iteration of fastdistil.train.loop without its logging."""
     objective = RelationsObjective(STUDENT_LAYERS - 1, TEACHER_LAYERS - 1, heads)
@@ -136,7 +142,7 @@ def our_step(
     def loss() -> Tensor:
         counts = objective.counts(batch)
         teacher_taps = tap_teacher(
-            teacher, batch.input_ids, batch.attention_mask, dtype, objective.teacher_taps
+            teacher, batch.input_ids, batch.attention_mask, teacher_dtype, objective.teacher_taps
         )
         with autocast(dtype):
             taps = tap(student, batch.input_ids, batch.attention_mask, objective.student_taps)
@@ -176,16 +182,21 @@ def build(case: Case) -> Work:
     def step(make: Callable[..., Variant], its_teacher: Any, its_student: Any) -> Variant:
         return make(its_teacher, its_student, batch, case.relation_heads, dtype)
 
+    def ours(teacher_dtype: torch.dtype | None) -> Variant:
+        return our_step(teacher, student(), batch, case.relation_heads, dtype, teacher_dtype)
+
     work = Work(
         variants={
             OUTPUT_ATTENTIONS: step(output_attentions_step, eager_teacher, eager_student),
             HOOKS: step(hooks_step, copy.deepcopy(teacher), student()),
-            OURS: step(our_step, teacher, student()),
+            OURS: ours(fast_dtype(device())),
         },
         tokens=case.batch * case.length,
         flops=product_flops(case),
         launch_ahead=False,
     )
+    if dtype is None and fast_dtype(device()) is not None:
+        work.variants[FLOAT32_TEACHER] = ours(None)
     if device().type == "cuda":
         work.notes["matrix_flops_per_second"] = matrix_rate()
     return work
@@ -193,6 +204,6 @@ def build(case: Case) -> Work:
 
 @pytest.mark.parametrize("case", cases(GPU if device().type == "cuda" else CPU, QUICK), ids=str)
 def test_minilm_step(benchmark: Any, case: Case) -> None:
-    if case.precision == "bfloat16" and not native_bf16():
+    if case.precision == "bfloat16" and not native_bf16_products(device()):
         pytest.skip("not measurable on this CPU: it has no bfloat16 matrix instructions")
     compare(benchmark, "train_minilm", case, build, op="attention_kl_fwd")

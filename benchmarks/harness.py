@@ -66,11 +66,6 @@ def cases(full: Sequence[C], quick: Sequence[C]) -> Sequence[C]:
     return quick if QUICK else full
 
 
-def native_bf16() -> bool:
-    """Whether bfloat16 matrix products are fast here: a CPU without the instructions is 50 times slower."""
-    return device().type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def matrix_rate() -> float:
     """FLOP/s of one large bfloat16 product on the GPU, for the share that a case reaches."""
     size = 8192

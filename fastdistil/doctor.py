@@ -12,6 +12,7 @@ import torch
 
 import fastdistil
 from fastdistil.ops import implementations
+from fastdistil.ops.matmul import native_bf16_products
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -52,7 +53,7 @@ def _first_line(program: str, *arguments: str) -> str:
 
 def _devices() -> Rows:
     capability = torch.backends.cpu.get_cpu_capability()
-    bf16 = "native" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "emulated, slower than float32"
+    bf16 = "native" if native_bf16_products(torch.device("cpu")) else "emulated, slower than float32"
     rows = [
         ("cpu", _cpu_name()),
         ("", f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs; torch uses {capability}"),

@@ -176,6 +176,16 @@ class Masker:
         return self._budgets[length]
 
 
+class Unmasked:
+    """In place of a `Masker`: the models read the text as it is, and no token is to be predicted."""
+
+    def mask(
+        self, input_ids: Tensor, attention_mask: Tensor, sequence_index: Tensor, epoch: Tensor | int
+    ) -> MaskedBatch:
+        none = input_ids.new_empty(len(input_ids), 0)
+        return MaskedBatch(input_ids, attention_mask.bool(), torch.full_like(input_ids, -100), none, none)
+
+
 def _top(score: Tensor, budget: Tensor) -> Tensor:
     """(B, L) bool: the `budget` (B, 1) largest of each row; ties go to the earlier position."""
     order = score.argsort(dim=1, descending=True, stable=True)

@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fastdistil.data.batches import BatchSource
-from fastdistil.data.masking import MaskedBatch, Masker
+from fastdistil.data.masking import MaskedBatch, Masker, Unmasked
 from fastdistil.errors import RunError
 from fastdistil.models.taps import Taps, Wanted, tap, tap_teacher
 from fastdistil.objectives import Objective, projections
@@ -35,7 +35,6 @@ from fastdistil.train.checkpoint import (
 )
 from fastdistil.train.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fastdistil.train.logging import RunLog
-from fastdistil.train.prepare import Unmasked
 
 
 @dataclass

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 
 from fastdistil.data.batches import BatchSource, Share, StoreBatches
 from fastdistil.data.corpus import Corpus, open_corpus
-from fastdistil.data.masking import MaskedBatch, Masker
+from fastdistil.data.masking import Masker, Unmasked
 from fastdistil.data.streaming import StreamBatches, sample_token_counts
 from fastdistil.data.token_store import TokenStore, cached_token_store, open_token_store
 from fastdistil.data.tokenizer import TokenizerFacts, train_wordpiece
@@ -24,16 +23,6 @@ from fastdistil.models.student import check_same_tokenizer
 from fastdistil.train.checkpoint import publish
 from fastdistil.train.config import DataConfig, LoopConfig, RunConfig
 from fastdistil.train.logging import RunLog
-
-
-class Unmasked:
-    """In place of a `Masker`: the models read the text as it is, and no token is to be predicted."""
-
-    def mask(
-        self, input_ids: Tensor, attention_mask: Tensor, sequence_index: Tensor, epoch: Tensor | int
-    ) -> MaskedBatch:
-        none = input_ids.new_empty(len(input_ids), 0)
-        return MaskedBatch(input_ids, attention_mask.bool(), torch.full_like(input_ids, -100), none, none)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,18 @@ for dtype in (torch.float32, torch.bfloat16):
         loss = fastdistil.kd_loss(student, teacher, labels, divergence=divergence, ce_weight=0.5)
         loss.backward()
         out[f"{dtype} {divergence}"] = [loss.item(), *student.grad.double().flatten().tolist()]
+shapes = [(2, 2, 70, 26), (2, 2, 70, 26), (2, 2, 70, 40), (2, 2, 70, 40)]
+tensors = [torch.randn(*shape, generator=generator) for shape in shapes]
+q, k = (tensor.requires_grad_() for tensor in tensors[:2])
+losses = {
+    "attention_kl": fastdistil.attention_kl(*tensors),
+    "attention_mse by scores": fastdistil.attention_mse(*tensors),
+    "attention_mse by Gram matrices": fastdistil.attention_mse(*(t.repeat(1, 1, 4, 1) for t in tensors)),
+    "hidden_mse": fastdistil.hidden_mse(q.flatten(1), k.detach().flatten(1), normalize=True),
+}
+for name, loss in losses.items():
+    grads = [g.flatten() for g in torch.autograd.grad(loss, (q, k), allow_unused=True) if g is not None]
+    out[name] = [loss.item(), *torch.cat(grads).double().tolist()]
 print(json.dumps(out))
 """
 
@@ -67,6 +79,17 @@ def test_instruction_sets_agree(
         # They differ in the order of sums and in fused products alone.
         assert other[0] == pytest.approx(first[0], rel=1e-6)
         assert other[1:] == pytest.approx(first[1:], rel=4 * rounding, abs=2e-7)
+
+
+@pytest.mark.parametrize(
+    "loss", ["attention_kl", "attention_mse by scores", "attention_mse by Gram matrices", "hidden_mse"]
+)
+def test_instruction_sets_agree_on_losses_of_states(results: dict[str, dict], loss: str) -> None:
+    first, *others = (result[loss] for result in results.values())
+    largest = max(map(abs, first[1:]))
+    for other in others:
+        assert other[0] == pytest.approx(first[0], rel=2e-6)
+        assert other[1:] == pytest.approx(first[1:], rel=0, abs=2e-6 * largest)
 
 
 def test_build_info_names_the_compiler_the_flags_and_the_oldest_torch() -> None:
