@@ -1,7 +1,8 @@
-"""Packages and the optional C++ extension; everything else is in pyproject.toml.
+"""Packages and the optional C++ and CUDA extensions; everything else is in pyproject.toml.
 
-FASTDISTIL_EXT=auto (the default) builds the extension where torch and a compiler are there and installs pure
-Python where they are not; 1 fails without them, with the reason; 0 leaves the extension out.
+FASTDISTIL_EXT=auto (the default) builds the C++ extension where torch and a compiler are there and installs
+pure Python where they are not; 1 fails without them, with the reason; 0 leaves the extensions out. The CUDA
+extension comes with the C++ extension where torch has CUDA and nvcc is there.
 """
 
 from __future__ import annotations
@@ -43,7 +44,23 @@ HEADERS = [
     "csrc/cpu/tiles.h",
     "csrc/cpu/vec.h",
 ]
+CUDA_SOURCES = [
+    "csrc/cuda/module.cpp",
+    "csrc/cuda/attention_kl.cu",
+    "csrc/cuda/attention_kl_bwd.cu",
+    "csrc/cuda/attention_kl_fwd.cu",
+]
+CUDA_HEADERS = [
+    "csrc/cuda/attention_kl.h",
+    "csrc/cuda/build.h",
+    "csrc/cuda/device.h",
+    "csrc/cuda/mask.h",
+    "csrc/cuda/tiles.h",
+]
 FLAGS = ["-std=c++17", "-O2", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fvisibility=hidden,-Wall,-Wextra"]
+# What the CUDA extension is compiled for where neither TORCH_CUDA_ARCH_LIST nor a GPU says it.
+CUDA_ARCHITECTURES = "8.0;9.0;10.0"
 # torch 2.10: the oldest whose stable C++ interface has parallel_for.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 
@@ -62,21 +79,70 @@ def why_not() -> str | None:
     return None
 
 
+def why_no_cuda() -> str | None:
+    """Why the CUDA extension cannot be built beside the C++ extension, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if CUDA_HOME is None or shutil.which("nvcc", path=f"{CUDA_HOME}/bin") is None:
+        return "no CUDA compiler (nvcc)"
+    return None
+
+
+def cuda_extension() -> Extension:
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+    includes = include_paths("cuda")
+    named_flags = f'-DFASTDISTIL_FLAGS="{" ".join(CUDA_FLAGS)}"'
+    return Extension(
+        "fastdistil._C_cuda",
+        CUDA_SOURCES,
+        depends=CUDA_HEADERS,
+        language="c++",
+        library_dirs=library_paths("cuda"),
+        libraries=["torch_cpu", "torch_cuda", "cudart"],
+        define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION), ("USE_CUDA", None)],
+        extra_compile_args={
+            "cxx": [*FLAGS, "-g0", named_flags, *(f"-isystem{path}" for path in includes)],
+            "nvcc": [*CUDA_FLAGS, *(f"-isystem={path}" for path in includes)],
+        },
+    )
+
+
+def leave_out(extension: str, reason: str) -> None:
+    print(f"fastdistil: installing without the {extension} extension: {reason}", file=sys.stderr)
+
+
 def extension_arguments(required: bool) -> dict[str, Any]:
     """`ext_modules` and `cmdclass` for setup(); torch is imported once it is known to be there."""
     from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
 
+    no_cuda = why_no_cuda()
+
     class BuildOrLeaveOut(BuildExtension):
-        def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:
-                if required:
-                    raise
-                reason = str(error).strip().splitlines()[0]
-                message = f"fastdistil: installing without the C++ extension: it did not compile ({reason})"
-                print(message, file=sys.stderr)
-                self.extensions = []
+        def build_extensions(self) -> None:
+            # One at a time, so that the C++ extension stays where the CUDA extension fails.
+            wanted, built = self.extensions, []
+            for extension in wanted:
+                self.extensions = [extension]
+                try:
+                    super().build_extensions()
+                except Exception as error:
+                    if required:
+                        raise
+                    reason = str(error).strip().splitlines()[0]
+                    name = "CUDA" if extension.name.endswith("_cuda") else "C++"
+                    leave_out(name, f"it did not compile ({reason})")
+                    break
+                built.append(extension)
+            self.extensions = built
+            if built and no_cuda is not None:
+                leave_out("CUDA", no_cuda)
 
     extension = Extension(
         "fastdistil._C",
@@ -92,7 +158,8 @@ def extension_arguments(required: bool) -> dict[str, Any]:
         # Other people's headers as system headers: their warnings are not ours.
         extra_compile_args=[*FLAGS, "-g0", *(f"-isystem{path}" for path in include_paths())],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildOrLeaveOut}}
+    extensions = [extension] if no_cuda is not None else [extension, cuda_extension()]
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": BuildOrLeaveOut}}
 
 
 def optional_extension() -> dict[str, Any]:
@@ -106,7 +173,7 @@ def optional_extension() -> dict[str, Any]:
         return extension_arguments(required=mode == "1")
     if mode == "1":
         sys.exit(f"fastdistil: FASTDISTIL_EXT=1, but the C++ extension cannot be built: {reason}")
-    print(f"fastdistil: installing without the C++ extension: {reason}", file=sys.stderr)
+    leave_out("C++", reason)
     return {}
 
 

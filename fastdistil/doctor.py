@@ -25,6 +25,7 @@ def report() -> str:
         f"fastdistil {fastdistil.__version__}": _versions(),
         "devices": _devices(),
         "C++ extension": _extension(),
+        "CUDA C++ extension": _cuda_extension(),
         "ops": _ops(),
     }
     return "\n\n".join(f"{title}\n{_aligned(rows)}" for title, rows in sections.items())
@@ -95,6 +96,17 @@ def _extension() -> Rows:
     rows = [("instructions", extension.cpu_capability())]
     rows += [(key.replace("_", " "), str(value)) for key, value in extension.build_info().items()]
     return rows
+
+
+def _cuda_extension() -> Rows:
+    if torch.version.cuda is None:
+        return [("not built", "this torch is built without CUDA")]
+    try:
+        extension = import_module("fastdistil._C_cuda")
+    except ImportError as error:
+        return [("not built", str(error))]
+    rows = [("state", "compiled, not yet run: Triton is always chosen over it")]
+    return [*rows, *((key.replace("_", " "), str(value)) for key, value in extension.build_info().items())]
 
 
 def _ops() -> Rows:

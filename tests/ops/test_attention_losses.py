@@ -17,8 +17,8 @@ from fastdistil import attention_kl, attention_mse
 
 LOSSES = {"attention_kl": attention_kl, "attention_mse": attention_mse}
 # (B, H, L, ds, dt). Whole tiles of every kernel; an odd length and TinyBERT's head size, 26 against 64; one
-# token; relation heads of 8, and more keys than one tile holds.
-SHAPES = [(2, 2, 64, 32, 64), (2, 3, 17, 26, 64), (1, 2, 1, 8, 16), (1, 1, 300, 8, 8)]
+# token; relation heads of 8, and more keys than one tile of Triton's holds.
+SHAPES = [(2, 2, 64, 32, 64), (2, 3, 17, 26, 64), (1, 2, 1, 8, 16), (1, 1, 130, 8, 8)]
 MASKS = ["none", "padding", "pairs"]
 
 
