@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -139,6 +140,8 @@ class HiddenMSE(_ReducedLoss):
 
 
 class _AttentionLoss(_ReducedLoss):
+    _function: Callable[..., Tensor]
+
     def __init__(
         self,
         *,
@@ -149,42 +152,32 @@ class _AttentionLoss(_ReducedLoss):
         super().__init__(reduction=reduction)
         self.scales = {"student_scale": student_scale, "teacher_scale": teacher_scale}
 
+    def forward(
+        self,
+        student_q: Tensor,  # (B, H, L, ds)
+        student_k: Tensor,  # (B, H, L, ds)
+        teacher_q: Tensor,  # (B, H, L, dt)
+        teacher_k: Tensor,  # (B, H, L, dt)
+        mask: Tensor | None = None,  # (B, L) or (B, L, L)
+    ) -> Tensor:
+        inputs = student_q, student_k, teacher_q, teacher_k, mask
+        return self._function(*inputs, reduction=self.reduction, **self.scales)
+
     def extra_repr(self) -> str:
-        return ", ".join(
-            [*(f"{name}={scale!r}" for name, scale in self.scales.items()), super().extra_repr()]
-        )
+        scales = (f"{name}={scale!r}" for name, scale in self.scales.items())
+        return ", ".join([*scales, super().extra_repr()])
 
 
 class AttentionMSE(_AttentionLoss):
     """`functional.attention_mse` as a module."""
 
-    def forward(
-        self,
-        student_q: Tensor,  # (B, H, L, ds)
-        student_k: Tensor,  # (B, H, L, ds)
-        teacher_q: Tensor,  # (B, H, L, dt)
-        teacher_k: Tensor,  # (B, H, L, dt)
-        mask: Tensor | None = None,  # (B, L) or (B, L, L)
-    ) -> Tensor:
-        return F.attention_mse(
-            student_q, student_k, teacher_q, teacher_k, mask, reduction=self.reduction, **self.scales
-        )
+    _function = staticmethod(F.attention_mse)
 
 
 class AttentionKL(_AttentionLoss):
     """`functional.attention_kl` as a module."""
 
-    def forward(
-        self,
-        student_q: Tensor,  # (B, H, L, ds)
-        student_k: Tensor,  # (B, H, L, ds)
-        teacher_q: Tensor,  # (B, H, L, dt)
-        teacher_k: Tensor,  # (B, H, L, dt)
-        mask: Tensor | None = None,  # (B, L) or (B, L, L)
-    ) -> Tensor:
-        return F.attention_kl(
-            student_q, student_k, teacher_q, teacher_k, mask, reduction=self.reduction, **self.scales
-        )
+    _function = staticmethod(F.attention_kl)
 
 
 class RelationKL(_ReducedLoss):

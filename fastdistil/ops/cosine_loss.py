@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdistil.ops import checks
 from fastdistil.ops.registry import define
-from fastdistil.ops.scale_grad import refuse_double_backward, upstream_times
+from fastdistil.ops.scale_grad import register_kept_gradient
 from fastdistil.ops.terms import accumulation_dtype, as_rows, at_least_one, saved_grad_dtype, sum_rows
 
 SCHEMA = """cosine_loss_fwd(
@@ -63,23 +62,7 @@ def _fake(
 define(SCHEMA, eager=cosine_loss_ref, fake=_fake, kernel="cosine_loss")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, with_grad = inputs[0], inputs[-1]
-    loss, grad = output
-    ctx.mark_non_differentiable(grad, *(() if with_grad else (loss,)))
-    ctx.set_materialize_grads(False)
-    ctx.student_dtype = student.dtype
-    ctx.save_for_backward(grad)
-
-
-def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("cosine_loss")
-    (grad,) = ctx.saved_tensors
-    student_grad = None if upstream is None else upstream_times(grad, upstream, ctx.student_dtype)
-    return (student_grad, *(None,) * 5)
-
-
-torch.library.register_autograd("fastdistil::cosine_loss_fwd", _backward, setup_context=_setup_context)
+register_kept_gradient("cosine_loss")
 
 
 def cosine_loss(

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastdistil.ops import checks
 from fastdistil.ops.matmul import unrounded_mm
 from fastdistil.ops.registry import define
-from fastdistil.ops.scale_grad import refuse_double_backward, upstream_times
+from fastdistil.ops.scale_grad import register_kept_gradient
 from fastdistil.ops.terms import (
     accumulation_dtype,
     as_rows,
@@ -96,22 +96,6 @@ define(SCHEMA, eager=hidden_mse_ref, fake=_fake, kernel="hidden_mse")
 define(SCHEMA_PROJECT, eager=project_hidden_impl, fake=_project_fake, composed="PyTorch matrix products")
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, with_grad = inputs[0], inputs[-1]
-    loss, grad = output
-    ctx.mark_non_differentiable(grad, *(() if with_grad else (loss,)))
-    ctx.set_materialize_grads(False)
-    ctx.student_dtype = student.dtype
-    ctx.save_for_backward(grad)
-
-
-def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward("hidden_mse")
-    (grad,) = ctx.saved_tensors
-    student_grad = None if upstream is None else upstream_times(grad, upstream, ctx.student_dtype)
-    return (student_grad, *(None,) * 6)
-
-
 def _setup_project_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     hidden, weight, bias = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -128,7 +112,7 @@ def _project_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-torch.library.register_autograd("fastdistil::hidden_mse_fwd", _backward, setup_context=_setup_context)
+register_kept_gradient("hidden_mse")
 torch.library.register_autograd(
     "fastdistil::project_hidden", _project_backward, setup_context=_setup_project_context
 )

@@ -8,6 +8,8 @@ the loss.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,3 +65,24 @@ def refuse_double_backward(op: str) -> None:
             f"{op} cannot be differentiated twice: its gradient is computed in the forward pass, "
             "so backward with create_graph=True is not supported"
         )
+
+
+def register_kept_gradient(op: str) -> None:
+    """The autograd of `fastdistil::<op>_fwd(student, ..., with_grad) -> (loss, grad)`, which computes the
+    gradient of the summed losses by the student in the forward and keeps it."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        student, with_grad = inputs[0], inputs[-1]
+        loss, grad = output
+        ctx.mark_non_differentiable(grad, *(() if with_grad else (loss,)))
+        ctx.set_materialize_grads(False)
+        ctx.student_dtype, ctx.others = student.dtype, len(inputs) - 1
+        ctx.save_for_backward(grad)
+
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(op)
+        (grad,) = ctx.saved_tensors
+        student_grad = None if upstream is None else upstream_times(grad, upstream, ctx.student_dtype)
+        return (student_grad, *(None,) * ctx.others)
+
+    torch.library.register_autograd(f"fastdistil::{op}_fwd", backward, setup_context=setup_context)
