@@ -23,7 +23,7 @@ class AttentionTransferObjective(Objective):
 
     The distance is the mean squared error of the raw scores over heads and pairs of tokens ("mse": TinyBERT,
     Jiao et al. 2020, equation 7), or the mean over heads and tokens of KL(teacher || student) of the
-    attention distributions ("kl": MobileBERT, Sun et al. 2020, equation 2). Padding counts neither as query
+    attention distributions ("kl": MobileBERT, Sun et al. 2020, section 3). Padding counts neither as query
     nor as key. Both models must have the same number of heads, and see whole sequences in these layers. Its
     term is called "attention".
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class RelationsObjective(Objective):
     """Weighted sum of the KL divergences of Q-Q, K-K and V-V relations of one layer of each model.
 
-    MiniLMv2 (Wang et al. 2021, equations 5 and 6). Each is a mean over the relation heads and all tokens but
+    MiniLMv2 (Wang et al. 2021, section 3.1). Each is a mean over the relation heads and all tokens but
     padding; its term is called "query", "key" or "value", with "_relation". Teacher and student may differ in
     width and in attention heads.
 
