@@ -46,7 +46,11 @@ inline ScalarType grad_type(const Tensor& student) {
 
 // Asks for large pages behind a large buffer that nobody has written to. The first touch of a gradient of many
 // megabytes costs as much as the loss itself where each 4 KiB are a page; the system may refuse, which changes nothing.
+// Not behind the largest: a virtual machine that gives free large pages back to its host takes longer to get 500 MiB of
+// them again than small pages do.
 inline void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr int64_t kMost = 256 << 20;
+  if (bytes > kMost) return;
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) / kPage * kPage;
