@@ -29,7 +29,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from fastdistil.data.masking import MaskedBatch
 from fastdistil.models.student import make_student
-from fastdistil.models.taps import fast_dtype, tap, tap_teacher
+from fastdistil.models.taps import fast_dtype, frozen_copy, tap, tap_teacher
 from fastdistil.objectives import CosineObjective, Objective, VocabularyObjective
 from fastdistil.ops.matmul import native_bf16_products
 
@@ -204,6 +204,7 @@ def our_step(
     teacher_dtype: torch.dtype | None,
 ) -> Variant:
     """One iteration of fastdistil.train.loop without its logging."""
+    teacher = frozen_copy(teacher, teacher_dtype)
     objectives: list[Objective] = [
         VocabularyObjective(KD_WEIGHT, CE_WEIGHT, TEMPERATURE, positions=positions),
         CosineObjective(COSINE_WEIGHT),

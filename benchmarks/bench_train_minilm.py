@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from fastdistil.data.masking import MaskedBatch
 from fastdistil.models.student import make_student
-from fastdistil.models.taps import fast_dtype, tap, tap_teacher
+from fastdistil.models.taps import fast_dtype, frozen_copy, tap, tap_teacher
 from fastdistil.objectives import RelationsObjective
 from fastdistil.ops.matmul import native_bf16_products
 
@@ -137,6 +137,7 @@ def our_step(
     teacher_dtype: torch.dtype | None,
 ) -> Variant:
     """One iteration of fastdistil.train.loop without its logging."""
+    teacher = frozen_copy(teacher, teacher_dtype)
     objective = RelationsObjective(STUDENT_LAYERS - 1, TEACHER_LAYERS - 1, heads)
 
     def loss() -> Tensor:

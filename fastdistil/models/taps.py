@@ -1,11 +1,12 @@
 """Run an encoder once and keep what the objectives compare."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdistil.models.attention import AttentionStates, tap_attention
 from fastdistil.models.heads import mlm_head
@@ -116,6 +117,23 @@ def _run(
         {layer: states[layer + 1] for layer in wanted.hidden},
         states[0] if wanted.embeddings else None,
     )
+
+
+def frozen_copy(model: Any, dtype: torch.dtype | None) -> Any:
+    """A copy for passes of `tap_teacher` under autocast to `dtype`, with the linear layers' weights in it.
+
+    It computes the same bits: autocast would convert these weights at every pass, because it keeps converted
+    weights only of parameters that train. None gives the model itself.
+    """
+    if dtype is None:
+        return model
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    for module in frozen.modules():
+        if isinstance(module, nn.Linear):
+            # A new parameter: a decoder's may be the word embeddings, which stay as they are. So do biases,
+            # which the vocabulary loss takes unrounded.
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
+    return frozen
 
 
 def flat_rows(positions: Tensor, length: int) -> Tensor:

@@ -31,7 +31,7 @@ from fastdistil.evaluate import count_parameters, evaluate_masked_lm, evaluate_o
 from fastdistil.models.heads import mlm_head
 from fastdistil.models.load import load_encoder, load_encoder_with_new_head, load_masked_lm
 from fastdistil.models.student import make_student
-from fastdistil.models.taps import fast_dtype
+from fastdistil.models.taps import fast_dtype, frozen_copy
 from fastdistil.objectives import Objective, projections
 from fastdistil.train.build import make_objectives, try_objectives
 from fastdistil.train.checkpoint import load_projections, publish, write_durably
@@ -253,11 +253,12 @@ class _Run:
             scores = self._scores(model, some, compared, teacher, self.dtype)
             return {f"held_out_{measure}": scores[measure] for measure in shown(scores)}
 
+        teacher_dtype = _autocast_dtype(config.run.teacher_precision)
         phase = Phase(
             name=name,
             model=model,
-            teacher=teacher,
-            teacher_dtype=_autocast_dtype(config.run.teacher_precision),
+            teacher=None if teacher is None else frozen_copy(teacher, teacher_dtype),
+            teacher_dtype=teacher_dtype,
             objectives=built,
             batches=data.batches(config.run, seed, accelerator),
             masker=data.masker(config, seed, accelerator.device),

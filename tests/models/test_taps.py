@@ -3,7 +3,7 @@ import platform
 import pytest
 import torch
 
-from fastdistil.models.taps import fast_dtype
+from fastdistil.models.taps import Wanted, fast_dtype, frozen_copy, tap_teacher
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="flags of x86 CPUs")
@@ -17,3 +17,23 @@ def test_bfloat16_is_fast_only_with_its_instructions(monkeypatch, avx512_bf16, a
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert fast_dtype(torch.device("cpu")) == expected
+
+
+def test_a_frozen_copy_computes_the_same_bits_from_fewer_bytes(tiny_model, tiny_batch):
+    ids, mask = tiny_batch(tiny_model)
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    frozen = frozen_copy(tiny_model, torch.bfloat16)
+    wanted = Wanted(hidden=frozenset({0, 3}), embeddings=True)
+    taps = [tap_teacher(model, ids, mask.bool(), torch.bfloat16, wanted) for model in (tiny_model, frozen)]
+    assert torch.equal(taps[0].last_hidden, taps[1].last_hidden)
+    assert torch.equal(taps[0].embeddings, taps[1].embeddings)
+    assert all(torch.equal(taps[0].hidden[layer], taps[1].hidden[layer]) for layer in (0, 3))
+    for own, copied in zip(*(t.vocabulary_operands() for t in taps), strict=True):
+        assert torch.equal(own.to(copied.dtype), copied)
+    linear = [m.weight for m in frozen.modules() if isinstance(m, torch.nn.Linear)]
+    assert {weight.dtype for weight in linear} == {torch.bfloat16}
+    # Embeddings keep their precision, and the model its weights.
+    assert frozen.get_input_embeddings().weight.dtype == torch.float32
+    after = tiny_model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert frozen_copy(tiny_model, None) is tiny_model
