@@ -26,6 +26,7 @@ from fastdistil.kernels import (
     hidden_mse,
     kd_loss,
     online_softmax,
+    pair_rows,
     scale_grad,
 )
 
@@ -119,7 +120,7 @@ def cosine_form(dtype: str, width: int) -> dict[str, Any]:
             "BLOCK": triton.next_power_of_2(width),
             "ACC": tl.float32,
         },
-        "options": lambda hip: cosine_loss.compile_options(width, hip),
+        "options": lambda hip: pair_rows.compile_options(width, hip),
     }
 
 
@@ -145,7 +146,7 @@ def hidden_form(dtype: str, width: int) -> dict[str, Any]:
     return cosine | {
         "kernel": hidden_mse.hidden_mse_kernel,
         "constants": cosine["constants"] | {"NORMALIZE": True},
-        "options": lambda hip: hidden_mse.compile_options(width, hip),
+        "options": lambda hip: pair_rows.compile_options(width, hip),
     }
 
 
