@@ -49,6 +49,7 @@ CPU = [
     Case(1024, 768),
     Case(2048, 384),
     Case(4096, 768, memory=True),
+    Case(4096, 768, "bfloat16"),
 ]
 GPU = [
     Case(4915, 768, "bfloat16"),

@@ -54,6 +54,16 @@ def test_attention_kl(batch: int, heads: int, length: int, mask: str | None) -> 
         near(own, reference)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_kl_of_a_long_sequence_with_padding(dtype: torch.dtype) -> None:
+    tensors = [tensor.to(dtype) for tensor in inputs(1, 1, 2048, (26, 64))]
+    mask = torch.arange(2048)[None] < 2000
+    ours = torch.ops.fastdistil.attention_kl_fwd(*tensors, mask, 26**-0.5, 0.125)
+    exact = attention_kl_fwd_ref(*(tensor.double() for tensor in tensors), mask, 26**-0.5, 0.125)
+    for own, reference in zip(ours, exact, strict=True):
+        near(own, reference)
+
+
 # By scores up to 97 tokens of heads of 8 and 24, by Gram matrices above.
 @pytest.mark.parametrize("mask", [None, "padding"])
 @pytest.mark.parametrize("weighted", [False, True])
