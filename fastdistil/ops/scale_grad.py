@@ -1,9 +1,8 @@
 """Multiply a saved gradient by the upstream gradient, in place, and not at all where that is 1.
 
 The losses compute their gradient in the forward pass. `loss.backward()` then has only the upstream gradient
-to apply,
-which is 1 unless the loss is scaled: reading and writing the whole gradient for that would cost as much as
-the loss.
+to apply, which is 1 unless the loss is scaled: reading and writing the whole gradient for that would cost as
+much as the loss.
 """
 
 from __future__ import annotations

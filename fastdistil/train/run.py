@@ -59,6 +59,7 @@ from fastdistil.train.report import (
 )
 
 CONFIG = "config.yaml"
+_PHASES = ("teacher", "head", "model", "student", "baseline")
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,13 @@ def run(config: RunConfig, resume: bool = False) -> RunResult:
     )
     try:
         _claim_output(config, resume, accelerator)
-        with RunLog(config.output, main=accelerator.is_main_process) as log:
-            return _Run(config, accelerator, dtype, log).whole()
+        try:
+            with RunLog(config.output, main=accelerator.is_main_process) as log:
+                return _Run(config, accelerator, dtype, log).whole()
+        except UserError:
+            if accelerator.is_main_process and not resume:
+                _release_output(config)
+            raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         file = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
@@ -413,3 +419,10 @@ def _claim_output(config: RunConfig, resume: bool, accelerator: Accelerator) -> 
         write_durably(partial, config.to_yaml().encode())
         os.rename(partial, file)
     accelerator.wait_for_everyone()
+
+
+def _release_output(config: RunConfig) -> None:
+    """Take back a claim where a mistake was found before anything was trained: the next try may differ."""
+    trained = (config.output / name for name in ("checkpoints", *_PHASES))
+    if not any(path.exists() for path in trained):
+        shutil.rmtree(config.output, ignore_errors=True)

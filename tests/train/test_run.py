@@ -264,3 +264,14 @@ def test_the_other_losses_are_described_too(relate, layer_objectives):
     assert f"1 · MSE of hidden states [{over}]" in text
     over = "mean over heads and pairs of tokens, sum over layers: 1←3"
     assert f"1 · MSE of raw attention scores [{over}]" in text
+
+
+def test_a_mistake_found_before_training_leaves_the_output_free(distil, tmp_path):
+    """Not so once something is trained: then the folder holds a run, whatever the user asks for next."""
+    with pytest.raises(UserError, match="only 40 positions"):
+        run(distil("data.max_length=64"))
+    assert not (tmp_path / "run").exists()
+    run(distil("run.steps=2"))
+    with pytest.raises(UserError, match="already holds another run"):
+        run(distil("run.steps=3"))
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
