@@ -298,5 +298,6 @@ def attention_mse(
     if reduction == "mean":
         weight = weight / at_least_one(attention.count_pairs())
     with_grad = torch.is_grad_enabled() and (student_q.requires_grad or student_k.requires_grad)
-    loss, _, _ = _op_for(mask)(*tensors, mask, weight, student_scale, teacher_scale, with_grad)
-    return loss
+    loss: Tensor = _op_for(mask)(*tensors, mask, weight, student_scale, teacher_scale, with_grad)[0]
+    # Where student and teacher agree, the products cancel to a rounding error of either sign.
+    return loss.clamp(min=0)

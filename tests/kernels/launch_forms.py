@@ -370,6 +370,15 @@ for _dtype, _student, _teacher in (("bf16", 64, 64), ("bf16", 32, 64), ("fp32", 
         f"attention_mse products {_sizes}": gram_form(_dtype, _student, _teacher),
         f"attention_mse gradient {_sizes}": mse_grad_form(_dtype, _student, _teacher),
     }
+# Of MiniLM's relation heads and TinyBERT's heads, whose rows are short or odd: spills alone are looked for.
+for _dtype, _student, _teacher in (("bf16", 8, 8), ("fp32", 8, 8), ("bf16", 26, 64), ("fp32", 26, 64)):
+    for _name, _form in (
+        ("", kl_fwd_form(_dtype, _student, _teacher)),
+        (" queries' gradient", kl_bwd_form(_dtype, _student, _teacher, keys=False)),
+        (" keys' gradient", kl_bwd_form(_dtype, _student, _teacher, keys=True)),
+    ):
+        del _form["tiles"]
+        FORMS[f"attention_kl{_name} {_dtype} {_student}/{_teacher}"] = _form
 # For one GPU: what needs more registers (any temperature, label smoothing, biases, mixed dtypes) in
 # each divergence, what leaves arguments out, and a smaller width.
 MORE_FORMS = {

@@ -52,6 +52,16 @@ def test_the_value_keeps_its_accuracy_near_the_teacher(distance: float, device: 
         assert (own - expected).abs().max() < 1e-6 / distance * expected.abs().max()
 
 
+@pytest.mark.parametrize("length", [7, 300])
+@pytest.mark.usefixtures("implementation")
+def test_equal_scores_have_no_error_and_none_below_zero(length: int, device: torch.device) -> None:
+    for seed in range(8):
+        q, k = (heads(1, 2, length, 8, seed=seed + i).to(device).requires_grad_() for i in (0, 100))
+        loss = attention_mse(q, k, q.detach().clone(), k.detach().clone())
+        assert 0 <= loss.item() < 1e-11
+        assert all(grad.abs().max() < 1e-6 for grad in torch.autograd.grad(loss, (q, k)))
+
+
 @pytest.mark.usefixtures("implementation")
 def test_it_is_tinybert_without_padding_and_counts_no_padding_with_it(device: torch.device) -> None:
     """task_distill.py sets scores at or below -1e2 to 0 in both models and averages over all L² pairs."""
