@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastdistil
 from fastdistil import linear_kd_loss
 from fastdistil.ops import linear_kd_loss as module
+from fastdistil.ops import logit_chunks
 from fastdistil.ops.matmul import Precision, precision
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -360,7 +361,7 @@ def test_low_precision_products(
     monkeypatch: pytest.MonkeyPatch,
     assert_as_accurate: Callable[..., None],
 ) -> None:
-    monkeypatch.setattr(module, "precision", lambda _: chosen)
+    monkeypatch.setattr(logit_chunks, "precision", lambda _: chosen)
     heads = make_heads(96, chosen.product)
     # As from a mean over many rows: the gradient of the logits would underflow in float16.
     settings: dict[str, Any] = {"kd_weight": 2.0**-12, "ce_weight": 2.0**-12}
