@@ -12,19 +12,6 @@ namespace fastdistil::FASTDISTIL_SET {
 
 constexpr double kHiddenEps = 1e-8;
 
-// Calls work(begin, n, s, t) for blocks of both rows in the accumulation type, filled up with zeros to whole vectors.
-template <class Acc, class Work>
-FASTDISTIL_INLINE void for_each_block(const PairRow& row, const Work& work) {
-  alignas(64) Acc student[kBlock];
-  alignas(64) Acc teacher[kBlock];
-  for (int64_t begin = 0; begin < row.D; begin += kBlock) {
-    const int64_t n = row.D - begin < kBlock ? row.D - begin : kBlock;
-    const Acc* s = load_piece(row.student, row.student_dtype, begin, n, student);
-    const Acc* t = load_piece(row.teacher, row.teacher_dtype, begin, n, teacher);
-    work(begin, n, s, t);
-  }
-}
-
 template <class Acc>
 void hidden_mse_row(PairRow& row) {
   using V = Vec<Acc>;

@@ -68,8 +68,6 @@ inline const void* offset(const void* base, Dtype dtype, int64_t elements) {
   return static_cast<const char*>(base) + elements * dtype_size(dtype);
 }
 
-inline int64_t padded(int64_t n, int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
-
 // A block of logits in the accumulation type, bias added, filled up with -inf to whole vectors.
 template <class Acc>
 FASTDISTIL_INLINE const Acc* load_block(const void* row, Dtype dtype, const void* bias, int64_t begin, int64_t n,
@@ -84,7 +82,7 @@ FASTDISTIL_INLINE const Acc* load_block(const void* row, Dtype dtype, const void
     for (; i + W <= n; i += W) store<Acc>(staging + i, load(staging + i) + load(b + i));
     for (; i < n; ++i) staging[i] += b[i];
   }
-  for (int64_t i = n; i < padded(n, W); ++i) staging[i] = -INFINITY;
+  for (int64_t i = n; i < pad_to(n, W); ++i) staging[i] = -INFINITY;
   return staging;
 }
 
@@ -264,7 +262,7 @@ void kd_loss_row(const KdLossProblem& problem, KdLossRow& row, void* memory) {
   double sum_logits = 0;
   for (int64_t begin = 0, block = 0; begin < V; begin += kBlock, ++block) {
     const int64_t n = V - begin < kBlock ? V - begin : kBlock;
-    const int64_t whole = padded(n, W);
+    const int64_t whole = pad_to(n, W);
     const Acc* s = load_block<Acc>(row.student, problem.student_dtype, problem.student_bias, begin, n,
                                    scratch.student_block);
     const Acc* t = nullptr;
@@ -306,7 +304,7 @@ void kd_loss_row(const KdLossProblem& problem, KdLossRow& row, void* memory) {
   if (kd == Kd::jsd) {
     double kl_s = 0, kl_t = 0;
     for (int64_t begin = 0, block = 0; begin < V; begin += kBlock, ++block) {
-      const int64_t n = padded(V - begin < kBlock ? V - begin : kBlock, W);
+      const int64_t n = pad_to(V - begin < kBlock ? V - begin : kBlock, W);
       const Sums sums = jsd_block<Acc>(
           scratch.student + begin, scratch.teacher + begin, n,
           static_cast<Acc>(rescale(scratch.student_max[block], max_s, inverse_t) / sum_s),
@@ -350,7 +348,7 @@ void kd_loss_row(const KdLossProblem& problem, KdLossRow& row, void* memory) {
     const bool direct = is_acc<Acc>(problem.grad_dtype) && n % W == 0;
     Acc* grad = direct ? static_cast<Acc*>(target) : scratch.grad_block;
     grad_block<Acc, kd, ce>(scratch.student + begin, scratch.teacher + begin, scratch.student_at_one + begin,
-                            padded(n, W), scales, grad);
+                            pad_to(n, W), scales, grad);
     if (ce != Ce::none && row.label >= begin && row.label < begin + n) {
       grad[row.label - begin] -= static_cast<Acc>(row.ce_scale * (1 - smoothing));
     }

@@ -63,25 +63,22 @@ def linear_kd_loss_impl(
     def gather(tensor: Tensor) -> Tensor:
         return tensor if rows is None or tensor.dim() == 0 else tensor.index_select(0, rows)
 
-    # Autocast acts above this op (see the public function): the dtypes below are chosen, not to be chosen
-    # again.
-    with torch.autocast(student_hidden.device.type, enabled=False):
-        kd, ce, hidden_grad, weight_sum, bias_sum = kd_loss_in_chunks(
-            gather(student_hidden),
-            student_weight,
-            gather(teacher_hidden),
-            teacher_weight,
-            # Added by the kernel in its accumulation dtype.
-            None if student_bias is None else student_bias.to(dtype),
-            None if teacher_bias is None else teacher_bias.to(dtype),
-            None if labels is None else gather(labels),
-            None if kd_mask is None else gather(kd_mask),
-            gather(kd_scale),
-            gather(ce_scale),
-            (temperature, divergence, jsd_beta, ignore_index, label_smoothing),
-            chunk_size,
-            (grad_hidden, grad_weight, grad_bias),
-        )
+    kd, ce, hidden_grad, weight_sum, bias_sum = kd_loss_in_chunks(
+        gather(student_hidden),
+        student_weight,
+        gather(teacher_hidden),
+        teacher_weight,
+        # Added by the kernel in its accumulation dtype.
+        None if student_bias is None else student_bias.to(dtype),
+        None if teacher_bias is None else teacher_bias.to(dtype),
+        None if labels is None else gather(labels),
+        None if kd_mask is None else gather(kd_mask),
+        gather(kd_scale),
+        gather(ce_scale),
+        (temperature, divergence, jsd_beta, ignore_index, label_smoothing),
+        chunk_size,
+        (grad_hidden, grad_weight, grad_bias),
+    )
     if rows is not None:
         total = student_hidden.shape[0]
         kd, ce = (x.new_zeros(total).index_copy_(0, rows, x) for x in (kd, ce))
