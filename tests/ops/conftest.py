@@ -188,3 +188,9 @@ def make_logits(device: torch.device) -> Callable[..., Tensor]:
         return values.to(device, dtype)[:, :vocabulary]
 
     return make
+
+
+@pytest.fixture
+def mask(device: torch.device) -> Callable[[int], Tensor]:
+    """Which of so many rows count: (rows,) bool, up to six."""
+    return lambda rows: torch.tensor([True, False, True, True, False, True][:rows], device=device)

@@ -15,7 +15,6 @@ from fastdistil import hidden_mse
 
 # D 128: whole vectors. 77: an odd tail. 2050: more than one block.
 SHAPES = [(6, 128, 128), (5, 77, 77), (3, 2050, 2056)]
-MASK = [True, False, True, True, False, True]
 
 
 def plain(
@@ -44,11 +43,6 @@ def plain(
 
 def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, inputs, torch.full_like(loss, 3.0))
-
-
-@pytest.fixture
-def mask(device: torch.device) -> Callable[[int], Tensor]:
-    return lambda rows: torch.tensor(MASK[:rows], device=device)
 
 
 @pytest.mark.parametrize("normalize", [False, True])
