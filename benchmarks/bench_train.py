@@ -212,9 +212,9 @@ def our_step(
 
     def loss() -> torch.Tensor:
         counts = {name: count for objective in objectives for name, count in objective.counts(batch).items()}
-        teacher_taps = tap_teacher(teacher, batch.input_ids, batch.attention_mask, dtype=teacher_dtype)
+        teacher_taps = tap_teacher(teacher, batch.inputs, dtype=teacher_dtype)
         with autocast(dtype):
-            taps = tap(student, batch.input_ids, batch.attention_mask)
+            taps = tap(student, batch.inputs)
             return torch.stack(
                 [objective.loss(taps, teacher_taps, batch, counts).loss for objective in objectives]
             ).sum()

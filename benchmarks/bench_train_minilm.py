@@ -142,11 +142,9 @@ def our_step(
 
     def loss() -> Tensor:
         counts = objective.counts(batch)
-        teacher_taps = tap_teacher(
-            teacher, batch.input_ids, batch.attention_mask, teacher_dtype, objective.teacher_taps
-        )
+        teacher_taps = tap_teacher(teacher, batch.inputs, teacher_dtype, objective.teacher_taps)
         with autocast(dtype):
-            taps = tap(student, batch.input_ids, batch.attention_mask, objective.student_taps)
+            taps = tap(student, batch.inputs, objective.student_taps)
             return objective.loss(taps, teacher_taps, batch, counts).loss
 
     return optimised(student, fused=True, loss=loss)

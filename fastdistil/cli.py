@@ -10,6 +10,7 @@ import textwrap
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -46,8 +47,14 @@ Debug = Annotated[
 ]
 
 
+TaskName = Annotated[
+    str | None,
+    typer.Option(help="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad, race, ..."),
+]
+TaskFolder = Annotated[
+    str | None, typer.Option(help="Folder of the task's files (parquet, tsv, json); without it, the hub.")
+]
 TextColumn = Annotated[str, typer.Option(help="Column of parquet, jsonl and `datasets` rows.")]
-Split = Annotated[str, typer.Option(help="Split of a `datasets` name, or of a folder with files of each.")]
 
 
 @app.command()
@@ -60,9 +67,17 @@ def train(
     corpus: Annotated[
         str | None, typer.Option(help="Text files, parquet, jsonl, a `datasets` name or a prepared folder.")
     ] = None,
+    task: TaskName = None,
+    data: TaskFolder = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.", show_default=False)
     ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Run so many seeds; mean and deviation in the table.", min=2)
+    ] = None,
+    allow_weak_teacher: Annotated[
+        bool, typer.Option("--allow-weak-teacher", help="Learn from a teacher at chance level, too.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overrides: Annotated[
         list[str] | None,
@@ -73,12 +88,17 @@ def train(
     """Train or distil a model by a recipe."""
     from fastdistil.train.config import load_config
 
-    config = load_config(recipe, overrides or [], teacher=teacher, corpus=corpus, output=output)
+    keys = [*(overrides or []), *(["allow_weak_teacher=true"] if allow_weak_teacher else [])]
+    config = load_config(recipe, keys, teacher=teacher, corpus=corpus, task=task, data=data, output=output)
     # After the check: a mistyped key is told before transformers is loaded.
     from fastdistil.train.run import run
+    from fastdistil.train.seeds import run_seeds
 
     try:
-        run(config, resume=resume)
+        if seeds is None:
+            run(config, resume=resume)
+        else:
+            run_seeds(config, seeds, resume=resume)
     except KeyboardInterrupt:
         again = [argument for argument in ctx.obj.arguments if argument != "--resume"]
         _say(f"interrupted; resume with: {shlex.join(['fastdistil', *again, '--resume'])}")
@@ -93,52 +113,93 @@ def prepare(
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id, as a rule the teacher's.")],
     output: Annotated[Path, typer.Option(help="Folder of the token store, which must not exist.")],
     max_length: Annotated[int, typer.Option(help="Tokens a sequence, with [CLS] and [SEP].")] = 128,
-    text_column: Annotated[str, typer.Option(help="Column of parquet, jsonl and `datasets` rows.")] = "text",
+    text_column: TextColumn = "text",
     split: Annotated[str, typer.Option(help="Split of a `datasets` name or of a folder.")] = "train",
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Pairs of segments for next-sentence prediction (recipe bert).")
+    ] = False,
+    document_column: Annotated[
+        str | None,
+        typer.Option(help="With --pairs: rows of parquet or jsonl with equal values in it are one document."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="With --pairs: of their choice; default 0.", min=0)] = None,
     debug: Debug = False,
 ) -> None:
     """Turn text into a token store, which `train` and `evaluate` take as their corpus."""
+    if not pairs:
+        _refuse("--pairs", {"--document-column": document_column, "--seed": seed})
     from rich.console import Console
 
     from fastdistil.data.corpus import open_corpus
+    from fastdistil.data.sentence_pairs import build_pair_store
     from fastdistil.data.token_store import build_token_store
     from fastdistil.models.load import load_tokenizer
 
     documents = open_corpus(corpus, text_column=text_column, split=split, streaming=True)
     with Console(stderr=True).status(f"reading {corpus}") as status:
-        store = build_token_store(
-            documents,
-            load_tokenizer(tokenizer),
-            output,
-            max_length,
-            on_progress=lambda read, made: status.update(f"{read:,} documents, {made:,} sequences"),
-        )
-    print(f"{output}: {len(store):,} sequences of {max_length}, {store.meta.num_tokens:,} tokens")
+        if pairs:
+            store = build_pair_store(
+                documents,
+                load_tokenizer(tokenizer),
+                output,
+                max_length,
+                seed=seed or 0,
+                document_column=document_column,
+            )
+        else:
+            store = build_token_store(
+                documents,
+                load_tokenizer(tokenizer),
+                output,
+                max_length,
+                on_progress=lambda read, made: status.update(f"{read:,} documents, {made:,} sequences"),
+            )
+    kind = "sequences" if store.pairs is None else "sentence pairs"
+    print(f"{output}: {len(store):,} {kind} of {max_length}, {store.meta.num_tokens:,} tokens")
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a masked language model.")],
-    corpus: Annotated[
-        str | None, typer.Option(help="Held-out text, or a prepared token store; without it, cost alone.")
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of a masked language model, or of one for the task.")
+    ],
+    task: TaskName = None,
+    data: TaskFolder = None,
+    corpus: Annotated[str | None, typer.Option(help="Held-out text, or a prepared token store.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence; default 128, for squad 384.", min=8)
     ] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens a sequence; default 128.", min=8)] = None,
-    max_sequences: Annotated[int, typer.Option(help="Use the corpus's first so many.", min=1)] = 2000,
-    text_column: TextColumn = "text",
-    split: Split = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Of the task, default validation; of the corpus, default test.")
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Use the corpus's first so many; default 2000.", min=1)
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of the corpus's parquet, jsonl or `datasets` rows.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure a model: loss, accuracy and perplexity on text; latency, memory and size."""
-    from fastdistil.evaluate.summary import summarize
+    """Measure a model: quality on a task or on text; latency, memory and size. Without either, cost alone."""
+    if task is None:
+        _refuse("--task", {"--data": data})
+    if corpus is None:
+        _refuse("--corpus", {"--max-sequences": max_sequences, "--text-column": text_column})
+    elif task is not None:
+        raise UserError("--task and --corpus exclude each other: measure one after the other")
+    from fastdistil.evaluate.summary import summarize, summarize_task
 
-    summary = summarize(
-        model,
-        corpus,
-        max_length=max_length,
-        max_sequences=max_sequences,
-        text_column=text_column,
-        split=split,
-    )
+    if task is not None:
+        summary = summarize_task(model, task, data, max_length=max_length, split=split or "validation")
+    else:
+        summary = summarize(
+            model,
+            corpus,
+            max_length=max_length,
+            max_sequences=max_sequences or 2000,
+            text_column=text_column or "text",
+            split=split or "test",
+        )
     rows = summary.rows()
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
@@ -146,14 +207,32 @@ def evaluate(
 
 
 @app.command()
-def recipes(debug: Debug = False) -> None:
-    """List the recipes, each with its paper."""
-    from fastdistil.recipes import list_recipes
+def recipes(
+    recipe: Annotated[str | None, typer.Argument(help="Show this one's YAML, with all its numbers.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the recipes: the paper, its equations, the code that was read, variants, and what was measured."""
+    from fastdistil.recipes import list_recipes, load_recipe
 
-    for info in list_recipes():
-        print(info.name)
-        for text in filter(None, (info.description, info.paper)):
-            print(textwrap.fill(text, width=100, initial_indent="    ", subsequent_indent="    "))
+    if recipe is not None:
+        load_recipe(recipe)  # a mistyped name is told with the nearest one
+        file = resources.files("fastdistil.recipes") / f"{recipe}.yaml"
+        print((file if file.is_file() else Path(recipe)).read_text(encoding="utf-8").strip())
+        return
+    for number, info in enumerate(list_recipes()):
+        if number:
+            print()
+        typer.secho(info.name, bold=True)
+        _print_wrapped(info.description)
+        for label, text in (
+            ("paper", info.paper),
+            ("equations", info.equations),
+            ("checked against", info.checked_against),
+            ("variants", ", ".join(f"{info.name}:{variant}" for variant in info.variants)),
+            ("status", f"measured here: {info.measured}" if info.measured else "not measured here"),
+        ):
+            if text:
+                _print_wrapped(text, label)
 
 
 @app.command()
@@ -180,6 +259,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _say(_one_line(error))
         return 2 if isinstance(error, UserError | CommandLineError) else 1
+
+
+def _refuse(needed: str, given: dict[str, object]) -> None:
+    """A `UserError` for an option that is `given` and would do nothing without the one that is `needed`."""
+    for name, value in given.items():
+        if value is not None:
+            raise UserError(f"{name} is for {needed}: add it, or leave {name} out")
+
+
+def _print_wrapped(text: str, label: str = "") -> None:
+    """Indented, at most 100 columns wide, with the label in a column of its own."""
+    first = f"    {label:17}" if label else "    "
+    wrapped = textwrap.wrap(
+        text, 100, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
+    )
+    print("\n".join(wrapped))
 
 
 def _one_line(error: Exception) -> str:

@@ -15,7 +15,11 @@ if not torch.cuda.is_available():
 NEEDS = {
     "data/test_corpus.py": "datasets",
     "data/test_streaming.py": "datasets",
+    "data/augment": "nltk",
+    "data/test_tasks.py": "pyarrow",
+    "evaluate/test_task.py": "torchmetrics",
     "recipes": "pydantic",
+    "recipes/golden": "scipy",
     "train": "pydantic",
 }
 

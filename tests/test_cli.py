@@ -63,6 +63,19 @@ def test_bad_usage_is_one_line_and_exit_code_2(
             ["minilm", "--teacher", "t", "--corpus", "x", "--set", "objectives.0.num_head=3"],
             "unknown key objectives.0.num_head: did you mean objectives.0.num_heads?",
         ),
+        (["kd", "--teacher", "t"], "recipe kd needs a task: --task NAME (sst2, mrpc, ...)"),
+        (["kd", "--task", "sst2"], "recipe kd needs a teacher: --teacher ID_OR_DIR"),
+        (["kd", "--teacher", "t", "--task", "sst"], "unknown task 'sst'; did you mean 'sst2'?"),
+        (
+            ["kd:small", "--teacher", "t", "--task", "sst2"],
+            "recipe kd has the variants 3-layers, not 'small'",
+        ),
+        (["mlm", "--teacher", "t", "--corpus", "c", "--task", "sst2"], "recipe mlm reads text, not a task"),
+        (
+            ["tinybert-task", "--teacher", "t", "--task", "sst2", "--set", "stages.1.run.epoch=3"],
+            "unknown key stages.1.run.epoch: did you mean stages.1.run.epochs?",
+        ),
+        (["kd", "--teacher", "t", "--task", "sst2", "--seeds", "1"], "'--seeds'"),
     ],
 )
 def test_a_bad_recipe_or_key_is_named(
@@ -142,6 +155,42 @@ def test_train_hands_its_options_to_the_run(monkeypatch: pytest.MonkeyPatch, tmp
     assert resume
     assert (config.teacher, config.data.corpus, config.output) == ("t", "c", tmp_path)
     assert (config.seed, config.optimizer.lr) == (7, 1e-3)
+
+
+def test_train_hands_the_options_of_a_task_to_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pydantic")
+    run_module = pytest.importorskip("fastdistil.train.run")
+    calls = []
+    monkeypatch.setattr(run_module, "run", lambda config, resume: calls.append((config, resume)))
+    arguments = ["train", "pkd:last", "--teacher", "t", "--task", "MRPC", "--data", "d"]
+    assert main([*arguments, "--allow-weak-teacher", "--set", "run.epochs=2"]) == 0
+    assert main(arguments) == 0
+    (first, _), (second, _) = calls
+    assert (first.task.name, first.task.data, first.teacher) == ("mrpc", "d", "t")
+    assert (first.objectives[1].layers, first.run.epochs) == ("last", 2)
+    assert str(first.output) == "runs/pkd-last-mrpc"
+    assert (first.allow_weak_teacher, second.allow_weak_teacher) == (True, False)
+
+
+def test_seeds_are_a_run_for_each_and_resume_as_one_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pydantic")
+    seeds_module = pytest.importorskip("fastdistil.train.seeds")
+    calls = []
+
+    def run_seeds(config: Any, count: int, resume: bool) -> None:
+        calls.append((config.seed, count, resume))
+        if not resume:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(seeds_module, "run_seeds", run_seeds)
+    arguments = ["train", "kd", "--teacher", "t", "--task", "rte", "--seeds", "3", "--set", "seed=5"]
+    code, line = _fails_with(capsys, arguments)
+    assert code == 130
+    again = line.removeprefix("fastdistil: interrupted; resume with: fastdistil ")
+    assert main(shlex.split(again)) == 0
+    assert calls == [(5, 3, False), (5, 3, True)]
 
 
 def test_recipes_lists_each_with_its_paper(capsys: pytest.CaptureFixture[str]) -> None:

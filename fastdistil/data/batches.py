@@ -14,8 +14,8 @@ left out of an epoch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from torch import Tensor
 from fastdistil.data.noise import permutation
 from fastdistil.data.token_store import TokenStore
 from fastdistil.errors import UserError
+
+_T = TypeVar("_T", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -35,32 +37,69 @@ class TokenBatch:
         attention_mask: (B, L) bool, false on padding.
         sequence_index: (B,) int64, which sequence each row is; with `epoch` it seeds the row's masking.
         epoch: (B,) int64, the pass over the data that each row belongs to.
+        token_type_ids: (B, L) int64, 0 in the first segment and 1 in the second; None: one segment.
+        next_sentence: (B,) int64, 0 where the second segment follows the first, 1 where it is a random one.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     sequence_index: Tensor
     epoch: Tensor
+    token_type_ids: Tensor | None = None
+    next_sentence: Tensor | None = None
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        if torch.device(device).type == "cuda":
-            # Pinned memory lets the copy overlap the work that the device still has.
-            moved = [t.pin_memory().to(device, non_blocking=True) for t in vars(self).values()]
-        else:
-            moved = [t.to(device) for t in vars(self).values()]
-        return TokenBatch(*moved)
+        return to_device(self, device)
+
+
+class Batch(Protocol):
+    """What the training loop hands to the models and the objectives."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """(B, L) int64."""
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """(B, L) bool, false on padding."""
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What the models' forward passes are called with."""
 
 
 class BatchSource(Protocol):
     """What the training loop reads from."""
 
-    def micro_batches(self, step: int) -> Iterator[TokenBatch]:
-        """This rank's micro-batches of optimiser step `step`."""
+    def micro_batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of optimiser step `step`, on the device."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; taken after step i it lets `load_state_dict` go on with step i + 1."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class TokenSource(Protocol):
+    """A `BatchSource` of sequences as they are, on the CPU, which `data.masking.MaskedBatches` masks."""
+
+    def micro_batches(self, step: int) -> Iterator[TokenBatch]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def to_device(batch: _T, device: torch.device | str) -> _T:
+    """The batch, a dataclass of tensors and other values, with its tensors on `device`."""
+    cuda = torch.device(device).type == "cuda"
+    moved = {}
+    for field in fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            # Pinned memory lets the copy overlap the work that the device still has.
+            moved[field.name] = value.pin_memory().to(device, non_blocking=True) if cuda else value.to(device)
+    return replace(batch, **moved)
 
 
 @dataclass(frozen=True)
@@ -156,12 +195,21 @@ def require_same_data(saved: dict[str, Any], present: dict[str, Any]) -> None:
 def read_batch(store: TokenStore, rows: np.ndarray, epochs: np.ndarray | None = None) -> TokenBatch:
     """The sequences `rows` (B,) of a store; `epochs` (B,) defaults to 0."""
     ids = torch.from_numpy(store.input_ids[rows].astype(np.int64))
-    lengths = torch.from_numpy(store.lengths[rows])
+    position = torch.arange(ids.shape[1])
+    attention_mask = position < torch.from_numpy(store.lengths[rows]).unsqueeze(1)
+    token_type_ids = next_sentence = None
+    if store.pairs is not None:
+        pairs = store.pairs[rows]
+        second = position >= torch.from_numpy(pairs["first_length"].astype(np.int64)).unsqueeze(1)
+        token_type_ids = (second & attention_mask).long()
+        next_sentence = torch.from_numpy(pairs["next_sentence"].astype(np.int64))
     return TokenBatch(
         input_ids=ids,
-        attention_mask=torch.arange(ids.shape[1]) < lengths.unsqueeze(1),
+        attention_mask=attention_mask,
         sequence_index=torch.from_numpy(rows),
         epoch=torch.from_numpy(epochs) if epochs is not None else torch.zeros(len(rows), dtype=torch.int64),
+        token_type_ids=token_type_ids,
+        next_sentence=next_sentence,
     )
 
 

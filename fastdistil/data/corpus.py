@@ -71,7 +71,7 @@ class FileCorpus(Corpus):
 
         def texts() -> Iterator[str | None]:
             while at["file"] < len(self.files):
-                for text in _rows(self.files[at["file"]], self.text_column, at["row"]):
+                for text in file_rows(self.files[at["file"]], self.text_column, at["row"]):
                     at["row"] += 1
                     yield text
                 at.update(file=at["file"] + 1, row=0)
@@ -187,7 +187,8 @@ def _belongs_to(file: Path, split: str) -> bool:
     return file.stem == split or file.stem.startswith((f"{split}-", f"{split}_", f"{split}."))
 
 
-def _rows(file: Path, column: str, start: int) -> Iterator[str | None]:
+def file_rows(file: Path, column: str, start: int = 0) -> Iterator[str | None]:
+    """The rows of one file from `start` on, empty ones included."""
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(file, column, start)

@@ -10,12 +10,15 @@ E_i exponential (Efraimidis and Spirakis 2006).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastdistil.data.batches import TokenBatch, TokenSource
 from fastdistil.data.noise import below, noise_bits, uniform
 from fastdistil.data.tokenizer import TokenizerFacts
 
@@ -39,6 +42,7 @@ class MaskedBatch:
         positions: (B, k) int64, the picked positions in ascending order; unused places point at unpicked
             positions.
         position_labels: (B, k) int64, `labels` at `positions`: -100 in unused places.
+        token_type_ids, next_sentence: as of `TokenBatch`.
     """
 
     input_ids: Tensor
@@ -46,6 +50,13 @@ class MaskedBatch:
     labels: Tensor
     positions: Tensor
     position_labels: Tensor
+    token_type_ids: Tensor | None = None
+    next_sentence: Tensor | None = None
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return inputs if self.token_type_ids is None else {**inputs, "token_type_ids": self.token_type_ids}
 
 
 def num_picks(probability: float, length: int) -> int:
@@ -151,7 +162,9 @@ class Masker:
         if self._continuation is None:
             picked = _top(score.masked_fill(~ordinary, -torch.inf), budget) & ordinary
         else:
-            picked = _top_words(score, ordinary, self._continuation[input_ids] & ordinary, budget)
+            # A piece right behind a special token begins a word: the document or the segment was cut there.
+            continuation = self._continuation[input_ids] & ordinary & ordinary.roll(1, dims=1)
+            picked = _top_words(score, ordinary, continuation, budget)
 
         how = uniform(noise(_REPLACE))
         random_ids = self._ordinary_ids[below(noise(_TOKEN), len(self._ordinary_ids))]
@@ -184,6 +197,33 @@ class Unmasked:
     ) -> MaskedBatch:
         none = input_ids.new_empty(len(input_ids), 0)
         return MaskedBatch(input_ids, attention_mask.bool(), torch.full_like(input_ids, -100), none, none)
+
+
+def mask_batch(masker: Masker | Unmasked, batch: TokenBatch) -> MaskedBatch:
+    """The masked batch, which keeps what the batch says of its segments."""
+    masked = masker.mask(batch.input_ids, batch.attention_mask, batch.sequence_index, batch.epoch)
+    return replace(masked, token_type_ids=batch.token_type_ids, next_sentence=batch.next_sentence)
+
+
+class MaskedBatches:
+    """A `BatchSource`: the batches of `source`, moved to `device` and masked there."""
+
+    def __init__(
+        self, source: TokenSource, masker: Masker | Unmasked, device: torch.device | str = "cpu"
+    ) -> None:
+        self._source = source
+        self._masker = masker
+        self._device = device
+
+    def micro_batches(self, step: int) -> Iterator[MaskedBatch]:
+        for batch in self._source.micro_batches(step):
+            yield mask_batch(self._masker, batch.to(self._device))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._source.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._source.load_state_dict(state)
 
 
 def _top(score: Tensor, budget: Tensor) -> Tensor:

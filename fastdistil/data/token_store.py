@@ -12,7 +12,8 @@ document that does not fit goes on in the next sequence, so no token is dropped.
 
 On disk, a folder of `input_ids.bin` (n, max_length) in uint16 or uint32, `lengths.npy` (n,),
 `token_counts.npy` (V,) and `meta.json`, which is written last, into a temporary folder that is then
-renamed: a folder of the final name is whole, and its checksums are verified when it is opened.
+renamed: a folder of the final name is whole, and its checksums are verified when it is opened. A store of
+sentence pairs (`data.sentence_pairs`) has `pairs.npy` (n,) besides.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +42,15 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _DOCUMENTS_PER_BATCH = 1024
 _SPLIT_SEED = 0  # the same held-out sequences for every seed of a run
+
+# What a store of sentence pairs holds of each.
+PAIR = np.dtype(
+    [
+        ("first_length", np.int32),  # tokens of the first segment, [CLS] and its [SEP] counted
+        ("next_sentence", np.int8),  # 0: the second segment follows the first; 1: it is a random one
+        ("group", np.int16),  # the second segment of a pair comes from documents of the pair's own group
+    ]
+)
 
 
 class Packer:
@@ -126,6 +136,7 @@ class TokenStore:
         input_ids: (n, L) uint16 or uint32, memory-mapped, padded with `meta.pad_id`.
         lengths: (n,) int32, tokens before the padding.
         token_counts: (V,) int64, how often each token occurs; rarity-smoothed masking needs it.
+        pairs: (n,) of dtype `PAIR` in a store of sentence pairs, else None.
     """
 
     path: Path
@@ -133,6 +144,7 @@ class TokenStore:
     input_ids: np.ndarray
     lengths: np.ndarray
     token_counts: np.ndarray
+    pairs: np.ndarray | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
@@ -160,6 +172,7 @@ class TokenStore:
             ),
             lengths=np.load(path / "lengths.npy"),
             token_counts=np.load(path / "token_counts.npy"),
+            pairs=np.load(path / "pairs.npy") if "pairs.npy" in meta.sha256 else None,
         )
 
     def __len__(self) -> int:
@@ -168,18 +181,26 @@ class TokenStore:
     def split(self, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
         """Sequence indices for training and for validation, both sorted, disjoint, the same in every run.
 
-        At least one sequence is held out if the fraction is above 0; with 0 the second array is empty.
+        At least one sequence is held out if the fraction is above 0; with 0 the second array is empty. Of
+        sentence pairs whole groups of documents are held out, so that no held-out text is the random second
+        segment of a training pair; as many groups as come nearest to the fraction.
         """
         if not 0 <= validation_fraction < 1:
             raise UserError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-        held_out = max(1, round(validation_fraction * len(self))) if validation_fraction else 0
-        if held_out >= len(self):
+        wanted = max(1, round(validation_fraction * len(self))) if validation_fraction else 0
+        of_a_sequence = np.arange(len(self)) if self.pairs is None else self.pairs["group"]
+        _, group, sizes = np.unique(of_a_sequence, return_inverse=True, return_counts=True)
+        order = permutation(len(sizes), _SPLIT_SEED, 0).numpy()
+        num_groups = int(np.abs(sizes[order].cumsum() - wanted).argmin()) + 1 if wanted else 0
+        if num_groups >= len(sizes):
+            gives = f"{len(self)} sequence of {self.meta.max_length} tokens"
+            if self.pairs is not None:
+                gives = f"sentence pairs of {len(sizes)} group of documents"
             raise UserError(
-                f"corpus {self.meta.corpus!r} gives {len(self)} sequence of {self.meta.max_length} tokens: "
-                "too short to hold one out for validation"
+                f"corpus {self.meta.corpus!r} gives {gives}: too short to hold one out for validation"
             )
-        order = permutation(len(self), _SPLIT_SEED, 0).numpy()
-        return np.sort(order[held_out:]), np.sort(order[:held_out])
+        held_out = np.isin(group, order[:num_groups])
+        return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def build_token_store(
@@ -206,19 +227,34 @@ def build_token_store(
         UserError: no text, `out_dir` in use, or what reading the corpus raises.
         RunError: the disk is full.
     """
-    out_dir = Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise UserError(f"{out_dir} exists already and is not empty")
     facts = TokenizerFacts.from_tokenizer(tokenizer)
     packer = Packer(facts.begin_id, facts.end_id, max_length)
     sequences = packed_sequences(documents, DocumentEncoder(tokenizer), packer, on_progress)
     corpus = documents.spec if isinstance(documents, Corpus) else "documents"
+    return write_store(out_dir, islice(sequences, max_sequences), facts, max_length, corpus)
+
+
+def write_store(
+    out_dir: str | Path,
+    sequences: Iterator[list[int]],
+    facts: TokenizerFacts,
+    max_length: int,
+    corpus: str,
+    pairs: bytearray | None = None,
+) -> TokenStore:
+    """Writes sequences of at most `max_length` tokens into a new folder, as `build_token_store` does.
+
+    `pairs`, for a store of sentence pairs, has one `PAIR` record a sequence when the sequences are exhausted.
+    """
+    out_dir = Path(out_dir)
+    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
+        raise UserError(f"{out_dir} exists already and is not empty")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     partial = out_dir.with_name(f".{out_dir.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        _write(partial, islice(sequences, max_sequences), facts, max_length, corpus)
+        _write(partial, sequences, facts, max_length, corpus, pairs)
         _publish(partial, out_dir)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -230,7 +266,12 @@ def build_token_store(
 
 
 def _write(
-    folder: Path, sequences: Iterator[list[int]], facts: TokenizerFacts, max_length: int, corpus: str
+    folder: Path,
+    sequences: Iterator[list[int]],
+    facts: TokenizerFacts,
+    max_length: int,
+    corpus: str,
+    pairs: bytearray | None,
 ) -> None:
     dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
     counts = np.zeros(facts.vocab_size, np.int64)
@@ -249,6 +290,8 @@ def _write(
         raise UserError(f"corpus {corpus!r} holds no text")
     np.save(folder / "lengths.npy", np.array(lengths, np.int32))
     np.save(folder / "token_counts.npy", counts)
+    if pairs is not None:
+        np.save(folder / "pairs.npy", np.frombuffer(pairs, PAIR, len(lengths)))
     meta = StoreMeta(
         format=_FORMAT,
         corpus=corpus,
@@ -303,22 +346,39 @@ def cached_token_store(
     `build_token_store`.
     """
     facts = TokenizerFacts.from_tokenizer(tokenizer)
-    identity = json.dumps([_FORMAT, corpus.fingerprint, facts.fingerprint, max_length, max_sequences])
-    key = hashlib.sha256(identity.encode()).hexdigest()[:24]
+    return open_or_build(
+        [_FORMAT, corpus.fingerprint, facts.fingerprint, max_length, max_sequences],
+        cache_dir,
+        lambda path: build_token_store(
+            corpus, tokenizer, path, max_length, max_sequences=max_sequences, on_progress=on_progress
+        ),
+    )
+
+
+def open_or_build(
+    identity: list[Any], cache_dir: str | Path | None, build: Callable[[Path], TokenStore]
+) -> TokenStore:
+    """The store that `identity` (JSON-able) names in the cache; made by `build` if it is not there whole."""
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
     path = (Path(cache_dir) if cache_dir is not None else default_cache_dir()) / "tokens" / key
     if path.exists():
         try:
             return TokenStore.open(path)
         except UserError:  # torn or damaged: it can be made again
             shutil.rmtree(path)
-    return build_token_store(
-        corpus, tokenizer, path, max_length, max_sequences=max_sequences, on_progress=on_progress
-    )
+    return build(path)
 
 
-def open_token_store(path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> TokenStore:
-    """Opens a prepared store for a run with this tokenizer and length; a UserError says how they differ."""
+def open_token_store(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, *, max_length: int, pairs: bool = False
+) -> TokenStore:
+    """Opens a prepared store for a run with this tokenizer and length; a UserError says how they differ.
+
+    With `pairs` it must be a store of sentence pairs; without, it may be one.
+    """
     store = TokenStore.open(path)
+    if pairs and store.pairs is None:
+        raise UserError(f"token store {path} holds packed text, no sentence pairs to predict the next one of")
     if store.meta.tokenizer != TokenizerFacts.from_tokenizer(tokenizer).fingerprint:
         raise UserError(f"token store {path} was prepared with another tokenizer: prepare the corpus again")
     if store.meta.max_length != max_length:

@@ -9,14 +9,19 @@ from fastdistil.evaluate.cost import (
 )
 from fastdistil.evaluate.masked_lm import MaskedLMScore, evaluate_masked_lm
 from fastdistil.evaluate.objectives import evaluate_objectives
+from fastdistil.evaluate.task import chance_score, evaluate_task, mean_score, predict_logits
 
 __all__ = [
     "Latency",
     "MaskedLMScore",
     "bytes_on_disk",
+    "chance_score",
     "count_parameters",
     "evaluate_masked_lm",
     "evaluate_objectives",
+    "evaluate_task",
+    "mean_score",
     "measure_latency",
     "measure_peak_memory",
+    "predict_logits",
 ]

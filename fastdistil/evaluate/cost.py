@@ -1,7 +1,8 @@
 """What a model costs: parameters, bytes, milliseconds, memory.
 
-Latency and memory are those of the encoder, which is what a downstream task runs; the vocabulary head of a
-masked language model is left out.
+Latency and memory are those of the encoder, which is what every task runs; the head of a masked language
+model or of a task is left out. Where the encoder takes token types, each text is two segments of equal
+length: a siamese BiLSTM reads both.
 """
 
 import resource
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.errors import RunError, UserError
+from fastdistil.models.taps import accepted_inputs
 
 LENGTH = 128
 BATCH_SIZES = (1, 8)
@@ -99,15 +101,24 @@ def measure_peak_memory(
 
 def print_peak_memory() -> None:
     """What the measuring process runs: folder, batch size, length and device as arguments, bytes printed."""
-    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
 
     folder, batch_size, length, device = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     # Importing the class is done before the first look: the code's memory is not the model's.
-    model_class: Any = MODEL_FOR_MASKED_LM_MAPPING[type(config)]
+    encoder_class: Any = MODEL_MAPPING[type(config)]
     before = _resident("VmRSS")
-    model = model_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval().to(device)
-    # Loading maps the file and copies it; what counts is what the model needs once it is there.
+    model, info = encoder_class.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
+    if any(key.startswith("pooler.") for key in info["missing_keys"]):
+        model.pooler = None
+    model.eval().to(device)
+    # The loaded weights are pages of the file, and count as resident only where a pass has read them.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     _reset_peak(device)
     with torch.inference_mode():
         for _ in range(2):
@@ -119,7 +130,12 @@ def print_peak_memory() -> None:
 def _inputs(model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    # RoBERTa takes token types but has a single one; a BiLSTM, which embeds none, does not count them.
+    if getattr(model.config, "type_vocab_size", 2) > 1:
+        second = torch.arange(length, device=ids.device) >= length // 2
+        inputs["token_type_ids"] = second.long().expand_as(ids)
+    return accepted_inputs(model, inputs)
 
 
 def _time_forward(model: Any, inputs: dict[str, Tensor]) -> float:

@@ -1,30 +1,24 @@
 """How near a student is to its teacher in the terms it is trained on, on held-out text."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastdistil.data.batches import evaluation_batches
-from fastdistil.data.masking import MaskedBatch
+from fastdistil.data.masking import Masker, Unmasked, mask_batch
 from fastdistil.data.token_store import TokenStore
 from fastdistil.models.taps import Wanted, tap_teacher
 from fastdistil.objectives import Objective
-
-
-class Masks(Protocol):
-    def mask(
-        self, input_ids: Tensor, attention_mask: Tensor, sequence_index: Tensor, epoch: Tensor | int
-    ) -> MaskedBatch: ...
 
 
 def evaluate_objectives(
     student: Any,
     teacher: Any,
     objectives: Sequence[Objective],
-    masker: Masks,
+    masker: Masker | Unmasked,
     store: TokenStore,
     rows: np.ndarray,
     *,
@@ -50,9 +44,9 @@ def evaluate_objectives(
     try:
         for tokens in evaluation_batches(store, rows, batch_size):
             tokens = tokens.to(device)
-            batch = masker.mask(tokens.input_ids, tokens.attention_mask, tokens.sequence_index, tokens.epoch)
-            ours = tap_teacher(student, batch.input_ids, batch.attention_mask, dtype, student_taps)
-            theirs = tap_teacher(teacher, batch.input_ids, batch.attention_mask, dtype, teacher_taps)
+            batch = mask_batch(masker, tokens)
+            ours = tap_teacher(student, batch.inputs, dtype, student_taps)
+            theirs = tap_teacher(teacher, batch.inputs, dtype, teacher_taps)
             for objective in objectives:
                 own = objective.counts(batch)
                 with torch.no_grad():
@@ -62,4 +56,4 @@ def evaluate_objectives(
                     counts[term] = counts.get(term, torch.zeros_like(own[term])) + own[term]
     finally:
         student.train(training)
-    return {term: (value / counts[term]).item() for term, value in sums.items()}
+    return {term: (value / counts[term].clamp(min=1)).item() for term, value in sums.items()}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fastdistil.errors import UserError
 
-MAPPINGS = ("uniform", "skip", "last", "first")
+MAPPINGS = ("uniform", "skip", "last", "first", "top")
 
 LayerPairs = tuple[tuple[int, int], ...]  # (student's layer, teacher's layer), both 0-based
 
@@ -21,6 +21,7 @@ def layer_pairs(
       Sun et al. 2019).
     - "last": N - M + m, without the student's last layer (PKD-Last).
     - "first": m (the bottom strategy of TinyBERT's ablation).
+    - "top": N - M + m (the top strategy of TinyBERT's ablation).
     - a list: pairs of layers `[student, teacher]`, counted from 0.
 
     Raises:
@@ -47,7 +48,7 @@ def layer_pairs(
         match mapping:
             case "first":
                 return m
-            case "last":
+            case "last" | "top":
                 return teacher_depth - student_depth + m
         return m * teacher_depth // student_depth
 

@@ -6,7 +6,7 @@ Only safetensors weights are read and no remote code is run. What is wrong with 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 
 from fastdistil.errors import UserError
-from fastdistil.models.heads import mlm_head
+from fastdistil.models.heads import mlm_head, next_sentence_head, start_at_frequencies
+
+_NEXT_SENTENCE = "cls.seq_relationship."  # where a model keeps its `next_sentence_head`
 
 
-def load_masked_lm(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def load_masked_lm(
+    source: str | Path, dtype: torch.dtype = torch.float32, *, next_sentence: bool = False
+) -> tuple[Any, Any]:
     """`(model, tokenizer)` of a trained masked language model, in eval mode.
 
     Args:
         source: a `transformers` folder, or a model name on the hub.
         dtype: of the loaded weights, whatever the file has.
+        next_sentence: whether a next-sentence head that the folder has is kept, with the pooler that it
+            reads, so that the model is a `BertForPreTraining`; else both are left out.
 
     Raises:
         UserError: the folder does not exist or is not a model folder, has no safetensors weights, no trained
@@ -31,36 +37,44 @@ def load_masked_lm(source: str | Path, dtype: torch.dtype = torch.float32) -> tu
             tokenizer with a mask token that fits the model; the hub cannot be reached; the head's family is
             not supported.
     """
-    model, missing = _load_masked_lm(source, dtype)
-    head = _head_keys(model, missing)
+    model, info = _load_masked_lm(source, dtype)
+    head = head_keys(model, info["missing_keys"])
     if head:
         raise UserError(
-            f"{source}: no trained masked-language-model head ({_common_prefix(head)!r} of "
+            f"{source}: no trained masked-language-model head ({common_prefix(head)!r} of "
             f"{type(model).__name__} is missing); grow one first: fastdistil train mlm --teacher {source}"
         )
-    return model, _load_tokenizer(source, model)
+    if next_sentence and any(key.startswith(_NEXT_SENTENCE) for key in info["unexpected_keys"]):
+        model, info = _load_masked_lm(source, dtype, next_sentence=True)
+        check_encoder(source, model, info["missing_keys"])  # not even a pooler
+    return model, load_fitting_tokenizer(source, model)
 
 
 def load_encoder_with_new_head(
-    source: str | Path, dtype: torch.dtype = torch.float32, token_counts: Tensor | None = None
+    source: str | Path,
+    dtype: torch.dtype = torch.float32,
+    token_counts: Tensor | None = None,
+    *,
+    next_sentence: bool = False,
 ) -> tuple[Any, Any]:
     """`(model, tokenizer)` of an encoder, with a fresh head where its folder has none, in eval mode.
 
     The decoder is the word embeddings (tied) where the model's config says so, the transform starts as
     `transformers` initialises a head of that family (from torch's global random state), and the output bias
-    starts at the log frequency of each token if `token_counts` (V,) is given (with one added to each
-    count), which a few thousand steps would otherwise be spent on; else at zero. A head that the folder has
-    is kept as it is.
+    as `start_at_frequencies` has it if `token_counts` is given; else at zero. A head that the folder has is
+    kept as it is.
 
-    Raises `UserError` as `load_masked_lm` does, except for a missing head.
+    With `next_sentence` the model is a `BertForPreTraining`, which also has a head for the next sentence and
+    the pooler that it reads; each of them, too, is fresh where the folder has none.
+
+    Raises `UserError` as `load_masked_lm` does, except for a missing head; and, for `next_sentence`, if the
+    family has no head for it.
     """
-    model, missing = _load_masked_lm(source, dtype)
-    bias = mlm_head(model).bias
-    if _head_keys(model, missing) and token_counts is not None and bias is not None:
-        frequency = (token_counts + 1.0) / (token_counts + 1.0).sum()
-        with torch.no_grad():
-            bias.copy_(frequency.log())
-    return model, _load_tokenizer(source, model)
+    model, info = _load_masked_lm(source, dtype, next_sentence=next_sentence)
+    fresh = any(not key.startswith(_NEXT_SENTENCE) for key in head_keys(model, info["missing_keys"]))
+    if fresh and token_counts is not None:
+        start_at_frequencies(mlm_head(model), token_counts)
+    return model, load_fitting_tokenizer(source, model)
 
 
 def load_encoder(source: str | Path, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -70,15 +84,18 @@ def load_encoder(source: str | Path, dtype: torch.dtype = torch.float32) -> tupl
     """
     from transformers import AutoModel
 
-    model, missing = _load_model(source, dtype, AutoModel, "an encoder")
+    model, info = load_model(source, dtype, AutoModel, "an encoder")
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
-    _check_encoder(source, model, {key for key in missing if not key.startswith("pooler.")})
-    return model, _load_tokenizer(source, model)
+    check_encoder(source, model, {key for key in info["missing_keys"] if not key.startswith("pooler.")})
+    return model, load_fitting_tokenizer(source, model)
 
 
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a `transformers` folder or of a hub model; `UserError` if it has no mask token."""
+def load_tokenizer(source: str | Path, *, masks: bool = True) -> Any:
+    """The tokenizer of a `transformers` folder or of a hub model.
+
+    Raises `UserError` if there is none, and if it has no mask token where it `masks`.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -88,7 +105,7 @@ def load_tokenizer(source: str | Path) -> Any:
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # What transformers makes up, from the model type alone, for a folder without tokenizer files.
         raise UserError(f"{source}: has no tokenizer")
-    if tokenizer.mask_token_id is None:
+    if masks and tokenizer.mask_token_id is None:
         raise UserError(f"{source}: its tokenizer has no mask token, which masked language modelling needs")
     return tokenizer
 
@@ -100,18 +117,16 @@ def max_positions(model: Any) -> int:
     return positions - model.config.pad_token_id - 1 if model.config.model_type == "roberta" else positions
 
 
-def _load_masked_lm(source: str | Path, dtype: torch.dtype) -> tuple[Any, set[str]]:
-    from transformers import AutoModelForMaskedLM
+def load_model(
+    source: str | Path, dtype: torch.dtype, auto: Any, kind: str, **keywords: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model in eval mode, and what `transformers` says of its weights (missing and mismatched keys).
 
-    model, missing = _load_model(source, dtype, AutoModelForMaskedLM, "a masked language model")
-    mlm_head(model)
-    _check_encoder(source, model, missing - set(_head_keys(model, missing)))
-    return model, missing
-
-
-def _load_model(source: str | Path, dtype: torch.dtype, auto: Any, kind: str) -> tuple[Any, set[str]]:
-    """The model in eval mode, and the names of the weights that its folder lacks."""
+    `kind` is what the folder should hold, for the message. The `keywords` go to `auto.from_pretrained`.
+    """
     from safetensors import SafetensorError
+
+    import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
 
     _check_folder(source)
     try:
@@ -122,13 +137,15 @@ def _load_model(source: str | Path, dtype: torch.dtype, auto: Any, kind: str) ->
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **keywords,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{source}: {_why(source, error, kind)}") from error
-    return model.eval(), set(info["missing_keys"])
+    return model.eval(), info
 
 
-def _check_encoder(source: str | Path, model: Any, missing: set[str]) -> None:
+def check_encoder(source: str | Path, model: Any, missing: Collection[str]) -> None:
+    """Raise `UserError` if weights of the encoder, whose names are `missing`, are not in the folder."""
     if missing:
         raise UserError(
             f"{source}: the weights do not fit {type(model).__name__}: {len(missing)} encoder weights are "
@@ -136,14 +153,46 @@ def _check_encoder(source: str | Path, model: Any, missing: set[str]) -> None:
         )
 
 
-def _load_tokenizer(source: str | Path, model: Any) -> Any:
-    tokenizer = load_tokenizer(source)
+def head_keys(model: Any, keys: Collection[str]) -> list[str]:
+    """Those of the `keys` that lie outside of the model's encoder."""
+    return sorted(key for key in keys if not key.startswith(model.base_model_prefix + "."))
+
+
+def common_prefix(keys: Sequence[str]) -> str:
+    """The dotted name that all `keys` start with, to name a head by; without one, all of them."""
+    parts = [key.split(".") for key in keys]
+    depth = min(len(part) for part in parts)
+    shared = next((i for i in range(depth) if len({part[i] for part in parts}) > 1), depth)
+    return ".".join(parts[0][:shared]) or ", ".join(keys)
+
+
+def load_fitting_tokenizer(source: str | Path, model: Any, *, masks: bool = True) -> Any:
+    """`load_tokenizer`, with a `UserError` if the model's vocabulary is smaller."""
+    tokenizer = load_tokenizer(source, masks=masks)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"{source}: its tokenizer has {len(tokenizer)} tokens but the model's vocabulary only "
             f"{model.config.vocab_size}"
         )
     return tokenizer
+
+
+def _load_masked_lm(
+    source: str | Path, dtype: torch.dtype, next_sentence: bool = False
+) -> tuple[Any, dict[str, Any]]:
+    """As `load_model`; of the encoder nothing but a pooler may be missing."""
+    from transformers import AutoModelForMaskedLM, AutoModelForPreTraining
+
+    kind = "a model with a next-sentence head" if next_sentence else "a masked language model"
+    auto = AutoModelForPreTraining if next_sentence else AutoModelForMaskedLM
+    model, info = load_model(source, dtype, auto, kind)
+    if next_sentence and next_sentence_head(model) is None:
+        raise UserError(f"{source}: {type(model).__name__} is not {kind}; BERT and MobileBERT have one")
+    mlm_head(model)
+    pooler = f"{model.base_model_prefix}.pooler."
+    missing = {key for key in info["missing_keys"] if not key.startswith(pooler)}
+    check_encoder(source, model, missing - set(head_keys(model, missing)))
+    return model, info
 
 
 def _check_folder(source: str | Path) -> None:
@@ -162,17 +211,6 @@ def _why(source: str | Path, error: Exception, kind: str) -> str:
     if not any(Path(source).glob("*.safetensors*")):
         return "the folder has no safetensors weights (other formats are not read)"
     return f"cannot be loaded as {kind} ({_first_line(error)})"
-
-
-def _head_keys(model: Any, keys: set[str]) -> list[str]:
-    return sorted(key for key in keys if not key.startswith(model.base_model_prefix + "."))
-
-
-def _common_prefix(keys: list[str]) -> str:
-    parts = [key.split(".") for key in keys]
-    depth = min(len(part) for part in parts)
-    shared = next((i for i in range(depth) if len({part[i] for part in parts}) > 1), depth)
-    return ".".join(parts[0][:shared]) or ", ".join(keys)
 
 
 def _first_line(error: Exception) -> str:

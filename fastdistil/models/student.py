@@ -4,26 +4,25 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from fastdistil.errors import UserError
+from fastdistil.models.stack import STACKS
 
-# Where each family keeps its stack of layers, as the state dict names it.
-_LAYERS = {
-    "bert": "bert.encoder.layer.",
-    "roberta": "roberta.encoder.layer.",
-    "distilbert": "distilbert.transformer.layer.",
-    "electra": "electra.encoder.layer.",
-    "modernbert": "model.layers.",
-}
+# The families of students, and what their configs call the dropouts.
 _DROPOUTS = {
-    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    "roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    "distilbert": ("dropout", "attention_dropout"),
-    "electra": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
-    "modernbert": ("embedding_dropout", "mlp_dropout", "attention_dropout"),
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    "roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    "distilbert": ("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"),
+    "electra": (
+        "hidden_dropout_prob",
+        "attention_probs_dropout_prob",
+        "classifier_dropout",
+        "summary_last_dropout",
+    ),
+    "modernbert": ("embedding_dropout", "mlp_dropout", "attention_dropout", "classifier_dropout"),
 }
 # BERT's names of a weight, and DistilBERT's for the same one.
 _BERT_TO_DISTILBERT: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -51,17 +50,24 @@ def make_student(
     intermediate_size: int | None = None,
     init: str = "teacher",
     dropout: float | None = None,
+    architecture: Literal["distilbert", "same"] | None = None,
 ) -> Any:
     """A model with fewer layers than `teacher`, or a narrower one with fresh weights.
 
-    It has a masked-language-model head if the teacher has one. A BERT teacher gives a DistilBERT (Sanh et al.
-    2019): no pooler, no token types; its token-type-0 embedding is added into the position embeddings, so
-    that the student with all of the teacher's layers computes exactly what the teacher does on single
-    sentences (at the LayerNorm epsilon 1e-12 that DistilBERT has fixed and every published BERT uses). Any
-    other family keeps its class. Embeddings and head are copied and tied as in the teacher.
+    It has the head that the teacher has: of a masked language model, of a task, or none.
+
+    - "same" keeps the teacher's class. Embeddings, head, and the pooler that a head reads, are copied and
+      tied as in the teacher, so that the student with all of the teacher's layers computes exactly what the
+      teacher does. An encoder alone loses its pooler: nothing would train it.
+    - "distilbert" makes a DistilBERT of a BERT (Sanh et al. 2019): no pooler, no token types; the teacher's
+      token-type-0 embedding is added into the position embeddings, so that on single sentences, too, the
+      student with all layers is exact (at the LayerNorm epsilon 1e-12 that DistilBERT has fixed and every
+      published BERT uses), with one exception: the head of a classification, regression or choice task
+      starts fresh, from torch's global random state, because DistilBERT's has a ReLU where BERT's pooler has
+      a tanh.
 
     Args:
-        teacher: a masked language model of one of the families of `mlm_head`, or the encoder of one; it is
+        teacher: a model of one of the families of `mlm_head`, with any head of `transformers` or none; it is
             not changed.
         num_layers: depth of the student; default half of the teacher's.
         teacher_layers: which layers to copy, 0-based and ascending; default `spread_layers`. Only for
@@ -69,11 +75,14 @@ def make_student(
         hidden_size, num_attention_heads, intermediate_size: widths of a student with `init="random"`; default
             the teacher's, scaled with `hidden_size`.
         init: "teacher" copies weights, "random" draws them from torch's global random state.
-        dropout: of hidden states and attention; default the teacher's.
+        dropout: of hidden states, attention and a task's head; default the teacher's.
+        architecture: "distilbert", "same", or None: "distilbert" for a BERT that has no head of a task, else
+            "same".
 
     Raises:
         UserError: a layer that the teacher does not have, a depth above the teacher's, widths that cannot be
-            copied or do not divide, a layer list that does not fit `num_layers`.
+            copied or do not divide, a layer list that does not fit `num_layers`, an architecture that cannot
+            be made of the teacher.
     """
     family, depth = teacher.config.model_type, teacher.config.num_hidden_layers
     widths = {
@@ -85,14 +94,15 @@ def make_student(
         )
         if value is not None
     }
-    if family not in _LAYERS:
+    if family not in _DROPOUTS:
         raise UserError(
-            f"no student can be made of model type {family!r}; supported: {', '.join(sorted(_LAYERS))}"
+            f"no student can be made of model type {family!r}; supported: {', '.join(sorted(_DROPOUTS))}"
         )
+    student_class = _student_class(teacher, architecture)
     if init == "random":
         if teacher_layers is not None:
             raise UserError("student.teacher_layers names layers to copy, but student.init is 'random'")
-        return _build(teacher, num_layers or max(1, depth // 2), None, widths, dropout)
+        return _build(student_class, teacher, num_layers or max(1, depth // 2), None, widths, dropout)
     if widths:
         raise UserError(
             f"student.{next(iter(widths))} changes the width, so the teacher's weights cannot be copied: "
@@ -104,16 +114,18 @@ def make_student(
             f"student.teacher_layers must start with 0 for ModernBERT, whose first layer alone has no "
             f"attention norm, got {layers}"
         )
-    student = _build(teacher, len(layers), layers, {}, dropout)
+    student = _build(student_class, teacher, len(layers), layers, {}, dropout)
     weights = teacher.state_dict()
     if _is_encoder(teacher):
         prefix = f"{teacher.base_model_prefix}."
         weights = {
             prefix + name: weight for name, weight in weights.items() if not name.startswith("pooler.")
         }
-    weights = _pick_layers(weights, _LAYERS[family], layers)
-    if family == "bert":
+    weights = _pick_layers(weights, f"{teacher.base_model_prefix}.{STACKS[family]}.", layers)
+    if student.config.model_type != family:
         weights = _as_distilbert(weights)
+        fresh = ("pre_classifier.", "classifier.")
+        weights |= {name: w for name, w in student.state_dict().items() if name.startswith(fresh)}
     if _is_encoder(student):
         prefix = f"{student.base_model_prefix}."
         weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
@@ -152,16 +164,36 @@ def _check_layers(depth: int, num_layers: int | None, teacher_layers: Sequence[i
     return layers
 
 
+def _student_class(teacher: Any, architecture: str | None) -> Any:
+    import transformers
+
+    family, name = teacher.config.model_type, type(teacher).__name__
+    if architecture is None:
+        without_task = _is_encoder(teacher) or name.endswith("ForMaskedLM")
+        architecture = "distilbert" if family == "bert" and without_task else "same"
+    if architecture == "same" or family == "distilbert":
+        return type(teacher)
+    found = getattr(transformers, name.replace("Bert", "DistilBert", 1), None) if family == "bert" else None
+    if found is None:
+        raise UserError(f"student.architecture: no 'distilbert' can be made of {name}; leave it out")
+    return found
+
+
 def _build(
-    teacher: Any, num_layers: int, layers: list[int] | None, widths: dict[str, int], dropout: float | None
+    student_class: Any,
+    teacher: Any,
+    num_layers: int,
+    layers: list[int] | None,
+    widths: dict[str, int],
+    dropout: float | None,
 ) -> Any:
     """The student's architecture with fresh weights, in the teacher's dtype and on its device."""
-    from transformers import AutoModel, AutoModelForMaskedLM, DistilBertConfig
+    from transformers import DistilBertConfig
 
     old = teacher.config
     sizes = _widths(old, widths)
     config: Any
-    if old.model_type == "bert":
+    if student_class is not type(teacher):
         config = DistilBertConfig(
             vocab_size=old.vocab_size,
             max_position_embeddings=old.max_position_embeddings,
@@ -172,6 +204,11 @@ def _build(
             activation=old.hidden_act,
             dropout=old.hidden_dropout_prob,
             attention_dropout=old.attention_probs_dropout_prob,
+            seq_classif_dropout=old.hidden_dropout_prob,
+            qa_dropout=old.hidden_dropout_prob,
+            id2label=old.id2label,
+            label2id=old.label2id,
+            problem_type=old.problem_type,
             initializer_range=old.initializer_range,
             pad_token_id=old.pad_token_id,
             tie_word_embeddings=old.tie_word_embeddings,
@@ -189,8 +226,7 @@ def _build(
     if dropout is not None:
         for name in _DROPOUTS[config.model_type]:
             setattr(config, name, dropout)
-    auto = AutoModel if _is_encoder(teacher) else AutoModelForMaskedLM
-    student = auto.from_config(config, dtype=teacher.dtype).to(teacher.device)
+    student = student_class._from_config(config, dtype=teacher.dtype).to(teacher.device)
     if getattr(student, "pooler", None) is not None:
         student.pooler = None  # nothing would train it
     return student
@@ -233,6 +269,7 @@ def _as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     weights[position] = weights[position] + token_type[0]
     # A BERT head names its one bias twice, as its own and as the decoder's; the decoder's is the one in use.
     weights.pop("cls.predictions.bias", None)
+    weights = {name: w for name, w in weights.items() if not name.startswith(("bert.pooler.", "classifier."))}
     renamed = {}
     for name, weight in weights.items():
         for pattern, replacement in _BERT_TO_DISTILBERT:

@@ -1,6 +1,7 @@
 """Run an encoder once and keep what the objectives compare."""
 
 import copy
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ class Wanted:
     attention: frozenset[int] = frozenset()  # layers whose queries, keys and values are kept
     hidden: frozenset[int] = frozenset()  # layers whose outputs are kept
     embeddings: bool = False  # what enters the first layer
+    logits: bool = False  # of the task head, which is run for them
 
     @staticmethod
     def union(parts: Iterable["Wanted"]) -> "Wanted":
@@ -29,6 +31,7 @@ class Wanted:
             frozenset().union(*(part.attention for part in parts)),
             frozenset().union(*(part.hidden for part in parts)),
             any(part.embeddings for part in parts),
+            any(part.logits for part in parts),
         )
 
 
@@ -43,6 +46,10 @@ class Taps:
     attention: Mapping[int, AttentionStates] = field(default_factory=dict)  # of the layers asked for
     hidden: Mapping[int, Tensor] = field(default_factory=dict)  # layer -> (B, L, D)
     embeddings: Tensor | None = None  # (B, L, D)
+    pooled: Tensor | None = None  # (B, D), of a model that has a pooler
+    # Of a task head: (B, C) classes or choices, (B, 1) a score, (B, 2, L) starts and ends of a span, -inf on
+    # padding.
+    logits: Tensor | None = None
 
     def vocabulary_operands(self, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(hidden (N, E), weight (V, E), bias (V,) | None)`: the logits are `hidden @ weight.T + bias`.
@@ -69,17 +76,16 @@ class Taps:
 _NOTHING = Wanted()
 
 
-def tap(model: Any, input_ids: Tensor, attention_mask: Tensor, wanted: Wanted = _NOTHING) -> Taps:
-    """Taps of a model that trains: `input_ids`, `attention_mask` (B, L). The vocabulary head is not run."""
-    kind = input_ids.device.type
+def tap(model: Any, inputs: Mapping[str, Tensor], wanted: Wanted = _NOTHING) -> Taps:
+    """Taps of a model that trains, of the `inputs` of a batch. The vocabulary head is not run."""
+    kind = inputs["input_ids"].device.type
     autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return _run(model, input_ids, attention_mask, wanted, autocast_dtype, trainable=True)
+    return _run(model, inputs, wanted, autocast_dtype, trainable=True)
 
 
 def tap_teacher(
     model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    inputs: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     wanted: Wanted = _NOTHING,
 ) -> Taps:
@@ -88,22 +94,33 @@ def tap_teacher(
         raise ValueError("the teacher must be in eval mode: with dropout on it teaches noise")
     # Queries and keys are kept for the backward pass of their objective, which inference tensors cannot be.
     without_grad = torch.no_grad() if wanted.attention else torch.inference_mode()
-    with without_grad, _autocast(input_ids, dtype):
-        return _run(model, input_ids, attention_mask, wanted, dtype, trainable=False)
+    with without_grad, _autocast(inputs["input_ids"], dtype):
+        return _run(model, inputs, wanted, dtype, trainable=False)
 
 
 def _run(
     model: Any,
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    inputs: Mapping[str, Tensor],
     wanted: Wanted,
     dtype: torch.dtype | None,
     *,
     trainable: bool,
 ) -> Taps:
+    called = accepted_inputs(model, inputs)
     keywords = {"output_hidden_states": True} if wanted.hidden or wanted.embeddings else {}
+    logits = None
     with tap_attention(model, wanted.attention) as attention:
-        output = model.base_model(input_ids=input_ids, attention_mask=attention_mask, **keywords)
+        if wanted.logits:
+            kept: list[Any] = []
+            hook = model.base_model.register_forward_hook(lambda module, args, result: kept.append(result))
+            try:
+                logits = task_logits(model(**called, **keywords), inputs["attention_mask"])
+            finally:
+                hook.remove()
+            (output,) = kept
+        else:
+            # The options of a choice (B, C, L) are sequences like others.
+            output = model.base_model(**{n: t.flatten(0, -2) for n, t in called.items()}, **keywords)
     # What enters the first layer, then each layer's output.
     states: tuple[Tensor, ...] = output.hidden_states if keywords else ()
     for layer in wanted.hidden:
@@ -116,7 +133,29 @@ def _run(
         attention,
         {layer: states[layer + 1] for layer in wanted.hidden},
         states[0] if wanted.embeddings else None,
+        getattr(output, "pooler_output", None),
+        logits,
     )
+
+
+def answered(logits: Tensor) -> Taps:
+    """Taps of a teacher whose logits (B, C) are known beforehand, and nothing else of it."""
+    return Taps(logits.new_empty(0), None, trainable=False, logits=logits)
+
+
+def accepted_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `inputs` that the model's encoder takes: a DistilBERT takes no token types, for example."""
+    names = inspect.signature(model.base_model.forward).parameters
+    return {name: value for name, value in inputs.items() if name in names}
+
+
+def task_logits(output: Any, attention_mask: Tensor) -> Tensor:
+    """The logits of a task head's output as `Taps.logits` has them."""
+    if hasattr(output, "start_logits"):
+        spans = torch.stack([output.start_logits, output.end_logits], dim=1)
+        return spans.masked_fill(~attention_mask.bool()[:, None], -torch.inf)
+    logits: Tensor = output.logits
+    return logits
 
 
 def frozen_copy(model: Any, dtype: torch.dtype | None) -> Any:

@@ -14,7 +14,7 @@ from fastdistil.models.taps import Taps, Wanted
 from fastdistil.objectives.base import Objective, ObjectiveLoss, count_tokens, weight_per_token
 
 if TYPE_CHECKING:
-    from fastdistil.data.masking import MaskedBatch
+    from fastdistil.data.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ class AttentionTransferObjective(Objective):
     def teacher_taps(self) -> Wanted:
         return Wanted(attention=frozenset(teacher for _, teacher in self.pairs))
 
-    def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
+    def counts(self, batch: "Batch") -> dict[str, Tensor]:
         """Of one layer pair, so that each layer's mean has the same weight."""
         if self.distance == "kl":
             return {"attention": count_tokens(batch) * self.num_heads}
         return {"attention": batch.attention_mask.ne(0).sum(1).square().sum() * self.num_heads}
 
     def loss(
-        self, student: Taps, teacher: Taps | None, batch: "MaskedBatch", counts: Mapping[str, Tensor]
+        self, student: Taps, teacher: Taps | None, batch: "Batch", counts: Mapping[str, Tensor]
     ) -> ObjectiveLoss:
         assert teacher is not None
         distance = attention_mse if self.distance == "mse" else attention_kl

@@ -6,14 +6,17 @@ split.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from fastdistil.models.taps import Taps, Wanted
 
 if TYPE_CHECKING:
-    from fastdistil.data.masking import MaskedBatch
+    from fastdistil.data.batches import Batch
+
+IGNORED = -100  # as a label: nothing to predict there
 
 
 class ObjectiveLoss(NamedTuple):
@@ -22,7 +25,10 @@ class ObjectiveLoss(NamedTuple):
 
 
 class Objective(Protocol):
-    """One that learns parameters of its own, such as a projection, is an `nn.Module` too."""
+    """One that learns parameters of its own, such as a projection, is an `nn.Module` too.
+
+    `batch` is what the data gives: each objective names the kind that it needs, most take any.
+    """
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -41,14 +47,14 @@ class Objective(Protocol):
     def teacher_taps(self) -> Wanted:
         return Wanted()
 
-    def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
+    def counts(self, batch: Any) -> dict[str, Tensor]:
         """Term -> how many tokens, rows or pairs of this batch its mean is over.
 
         0-dim int64 on the batch's device (no host sync), known before the models run.
         """
 
     def loss(
-        self, student: Taps, teacher: Taps | None, batch: "MaskedBatch", counts: Mapping[str, Tensor]
+        self, student: Taps, teacher: Taps | None, batch: Any, counts: Mapping[str, Tensor]
     ) -> ObjectiveLoss:
         """This batch's share of the loss, given the counts of the whole optimiser step."""
 
@@ -58,9 +64,14 @@ def weight_per_token(weight: float, count: Tensor) -> Tensor:
     return weight / count.clamp(min=1).float()
 
 
-def count_tokens(batch: "MaskedBatch") -> Tensor:
+def count_tokens(batch: "Batch") -> Tensor:
     """All tokens but padding, 0-dim int64."""
     return batch.attention_mask.ne(0).sum()
+
+
+def count_rows(rows: Tensor) -> Tensor:
+    """The length of `rows`, 0-dim int64 on their device."""
+    return torch.full((), len(rows), dtype=torch.int64, device=rows.device)
 
 
 def projections(objectives: Iterable[Objective]) -> nn.ModuleList:

@@ -12,7 +12,7 @@ from fastdistil.models.taps import Taps
 from fastdistil.objectives.base import Objective, ObjectiveLoss, count_tokens, weight_per_token
 
 if TYPE_CHECKING:
-    from fastdistil.data.masking import MaskedBatch
+    from fastdistil.data.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class CosineObjective(Objective):
     def terms(self) -> tuple[str, ...]:
         return ("cosine",)
 
-    def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
+    def counts(self, batch: "Batch") -> dict[str, Tensor]:
         return {"cosine": count_tokens(batch)}
 
     def loss(
-        self, student: Taps, teacher: Taps | None, batch: "MaskedBatch", counts: Mapping[str, Tensor]
+        self, student: Taps, teacher: Taps | None, batch: "Batch", counts: Mapping[str, Tensor]
     ) -> ObjectiveLoss:
         if teacher is None:
             raise ValueError("the cosine objective needs the teacher's taps")

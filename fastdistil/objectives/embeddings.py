@@ -10,7 +10,7 @@ from fastdistil.objectives.base import Objective, ObjectiveLoss, count_tokens, w
 from fastdistil.objectives.hidden import squared_error
 
 if TYPE_CHECKING:
-    from fastdistil.data.masking import MaskedBatch
+    from fastdistil.data.batches import Batch
 
 
 class EmbeddingsObjective(nn.Module, Objective):
@@ -44,11 +44,11 @@ class EmbeddingsObjective(nn.Module, Objective):
     def teacher_taps(self) -> Wanted:
         return Wanted(embeddings=True)
 
-    def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
+    def counts(self, batch: "Batch") -> dict[str, Tensor]:
         return {"embeddings": count_tokens(batch) * self.width}
 
     def loss(
-        self, student: Taps, teacher: Taps | None, batch: "MaskedBatch", counts: Mapping[str, Tensor]
+        self, student: Taps, teacher: Taps | None, batch: "Batch", counts: Mapping[str, Tensor]
     ) -> ObjectiveLoss:
         assert teacher is not None
         assert student.embeddings is not None

@@ -13,7 +13,7 @@ from fastdistil.models.taps import Taps, Wanted
 from fastdistil.objectives.base import Objective, ObjectiveLoss, count_tokens, weight_per_token
 
 if TYPE_CHECKING:
-    from fastdistil.data.masking import MaskedBatch
+    from fastdistil.data.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class RelationsObjective(Objective):
     def teacher_taps(self) -> Wanted:
         return Wanted(attention=frozenset({self.teacher_layer}))
 
-    def counts(self, batch: "MaskedBatch") -> dict[str, Tensor]:
+    def counts(self, batch: "Batch") -> dict[str, Tensor]:
         rows = count_tokens(batch) * self.num_heads
         return dict.fromkeys(self.terms, rows)
 
     def loss(
-        self, student: Taps, teacher: Taps | None, batch: "MaskedBatch", counts: Mapping[str, Tensor]
+        self, student: Taps, teacher: Taps | None, batch: "Batch", counts: Mapping[str, Tensor]
     ) -> ObjectiveLoss:
         assert teacher is not None
         ours, theirs = student.attention[self.student_layer], teacher.attention[self.teacher_layer]

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 from fastdistil.errors import UserError
 from fastdistil.functional import linear_kd_loss
 from fastdistil.models.taps import Taps, flat_rows
-from fastdistil.objectives.base import Objective, ObjectiveLoss, count_tokens, weight_per_token
+from fastdistil.objectives.base import IGNORED, Objective, ObjectiveLoss, count_tokens, weight_per_token
 
 if TYPE_CHECKING:
     from fastdistil.data.masking import MaskedBatch
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)

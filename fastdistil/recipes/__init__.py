@@ -1,4 +1,12 @@
-"""Named recipes: one YAML file each, with the paper and the code that its numbers were checked against."""
+"""Named recipes: one YAML file each, with the paper and the code that its numbers were checked against.
+
+Besides the keys of a run a recipe may hold
+
+- `tasks`: task -> `{dotted key: value}`, what the paper does otherwise on that task.
+- `variants`: name -> `{dotted key: value}`, asked for as `recipe:variant`.
+- `grid`: dotted key -> the values that the paper tried, for the reader.
+- `measured`: where the results of this project's own runs of the recipe are.
+"""
 
 import difflib
 from dataclasses import dataclass
@@ -16,15 +24,36 @@ class RecipeInfo:
     name: str
     description: str
     paper: str | None
+    equations: str | None
     checked_against: str | None
+    variants: tuple[str, ...]
+    measured: str | None
 
 
 def list_recipes() -> list[RecipeInfo]:
     """The recipes that ship with the package, by name."""
-    recipes = [load_recipe(name) for name in _names()]
+    plain = [load_recipe(name) for name in _names()]
     return [
-        RecipeInfo(r["recipe"], r["description"], r.get("paper"), r.get("checked_against")) for r in recipes
+        RecipeInfo(
+            recipe["recipe"],
+            recipe["description"],
+            recipe.get("paper"),
+            recipe.get("equations"),
+            recipe.get("checked_against"),
+            tuple(recipe.get("variants", ())),
+            recipe.get("measured"),
+        )
+        for recipe in plain
     ]
+
+
+def for_variant(recipe: dict[str, Any], variant: str) -> dict[str, Any]:
+    """`{dotted key: value}` of a variant; `UserError` for one that the recipe has not."""
+    variants: dict[str, dict[str, Any]] = recipe.get("variants") or {}
+    if variant not in variants:
+        known = f"has the variants {', '.join(variants)}" if variants else "has no variants"
+        raise UserError(f"recipe {recipe.get('recipe')} {known}, not {variant!r}")
+    return variants[variant]
 
 
 def load_recipe(name_or_path: str | Path) -> dict[str, Any]:

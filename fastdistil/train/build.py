@@ -6,16 +6,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastdistil.data.batches import Batch
 from fastdistil.data.masking import MaskedBatch
+from fastdistil.data.task_batches import TaskBatch
 from fastdistil.errors import UserError
+from fastdistil.models.bilstm import BiLSTMConfig
 from fastdistil.models.layers import LayerPairs, check_layer, layer_pairs
 from fastdistil.models.taps import Wanted, tap_teacher
 from fastdistil.objectives import (
     AttentionTransferObjective,
     CosineObjective,
     EmbeddingsObjective,
+    FeatureMapsObjective,
     HiddenObjective,
+    NextSentenceObjective,
     Objective,
+    PredictionObjective,
     RelationsObjective,
     VocabularyObjective,
 )
@@ -23,8 +29,11 @@ from fastdistil.train.objective_config import (
     AttentionTransferConfig,
     CosineConfig,
     EmbeddingsConfig,
+    FeatureMapsConfig,
     HiddenConfig,
+    NextSentenceConfig,
     ObjectiveConfig,
+    PredictionConfig,
     RelationsConfig,
     VocabularyConfig,
 )
@@ -48,9 +57,18 @@ def make_objectives(
 def _make(
     config: ObjectiveConfig, key: str, student: Any, teacher: Any, before: Sequence[Objective]
 ) -> Objective:
+    if student.config.model_type == BiLSTMConfig.model_type and not isinstance(config, PredictionConfig):
+        raise UserError(
+            f"{key}: {config.name} compares what a bilstm student does not have; it learns by objective "
+            "prediction alone"
+        )
     match config:
         case VocabularyConfig():
             return VocabularyObjective(**config.model_dump(exclude={"name"}))
+        case NextSentenceConfig():
+            return NextSentenceObjective(config.weight)
+        case PredictionConfig():
+            return PredictionObjective(**config.model_dump(exclude={"name"}))
         case CosineConfig():
             return CosineObjective(config.weight)
         case RelationsConfig():
@@ -75,8 +93,26 @@ def _make(
         case HiddenConfig():
             pairs = _pairs(config.layers, student, teacher, key)
             projection = _projection(config.projection, student, teacher, key)
-            width = teacher.config.hidden_size
-            return HiddenObjective(pairs, width, projection, config.normalize, config.weight)
+            return HiddenObjective(
+                pairs,
+                teacher.config.hidden_size,
+                projection,
+                config.normalize,
+                config.weight,
+                config.tokens,
+                config.layer_reduction,
+            )
+        case FeatureMapsConfig():
+            widths = [model.config.hidden_size for model in (student, teacher)]
+            if widths[0] != widths[1]:
+                raise UserError(
+                    f"{key}: feature_maps compares the layers' outputs as they are, but the student is "
+                    f"{widths[0]} wide and the teacher {widths[1]}: set student.hidden_size={widths[1]}, or "
+                    "use objective hidden, which learns a projection"
+                )
+            pairs = _pairs(config.layers, student, teacher, key)
+            weights = config.feature_weight, config.mean_weight, config.variance_weight
+            return FeatureMapsObjective(pairs, widths[0], *weights)
         case EmbeddingsConfig():
             if config.share_projection:
                 projection = _shared_projection(before, key)
@@ -118,25 +154,38 @@ def _shared_projection(before: Sequence[Objective], key: str) -> nn.Linear:
 
 
 @torch.no_grad()
-def try_objectives(objectives: Sequence[Objective], student: Any, teacher: Any) -> None:
+def try_objectives(
+    objectives: Sequence[Objective], student: Any, teacher: Any | None = None, task_kind: str | None = None
+) -> None:
     """Run both models and the objectives once, on two tokens, so that what does not fit is told at once.
 
-    Raises `UserError` with the words of the op, tap or objective that refuses.
+    `task_kind` as of `Task.kind` makes it an example of such a task; None is masked text. Raises `UserError`
+    with the words of the op, tap or objective that refuses.
     """
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=student.device)
-    batch = MaskedBatch(ids, torch.ones_like(ids, dtype=torch.bool), ids, ids[:, :1], ids[:, :1])
+    batch = _two_tokens(student.device, task_kind)
     training = student.training
     try:
-        ours, theirs = (
-            tap_teacher(model.eval(), ids, batch.attention_mask, wanted=Wanted.union(wanted))
-            for model, wanted in (
-                (student, [o.student_taps for o in objectives]),
-                (teacher, [o.teacher_taps for o in objectives]),
-            )
+        ours = tap_teacher(
+            student.eval(), batch.inputs, wanted=Wanted.union(o.student_taps for o in objectives)
         )
+        theirs = None
+        if teacher is not None:
+            wanted = Wanted.union(o.teacher_taps for o in objectives)
+            theirs = tap_teacher(teacher.eval(), batch.inputs, wanted=wanted)
         for objective in objectives:
             objective.loss(ours, theirs, batch, objective.counts(batch))
     except ValueError as error:
         raise UserError(str(error)) from error
     finally:
         student.train(training)
+
+
+def _two_tokens(device: torch.device, task_kind: str | None) -> Batch:
+    """One example of two tokens; of a choice task with two options."""
+    choices = 2 if task_kind == "choice" else 1
+    ids = torch.zeros(choices, 2, dtype=torch.int64, device=device)
+    mask, first = torch.ones_like(ids, dtype=torch.bool), ids[:1, 0]
+    if task_kind is None:
+        return MaskedBatch(ids, mask, ids, ids[:, :1], ids[:, :1], next_sentence=first)
+    labels = {"regression": first.float(), "span": ids[:1]}.get(task_kind, first)
+    return TaskBatch(ids, mask, ids, labels, choices)

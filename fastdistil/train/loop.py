@@ -20,10 +20,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastdistil.data.batches import BatchSource
-from fastdistil.data.masking import MaskedBatch, Masker, Unmasked
+from fastdistil.data.batches import Batch, BatchSource
 from fastdistil.errors import RunError
-from fastdistil.models.taps import Taps, Wanted, tap, tap_teacher
+from fastdistil.models.taps import Taps, Wanted, answered, tap, tap_teacher
 from fastdistil.objectives import Objective, projections
 from fastdistil.train.checkpoint import (
     Progress,
@@ -33,8 +32,8 @@ from fastdistil.train.checkpoint import (
     rng_state,
     save_checkpoint,
 )
-from fastdistil.train.config import LoopConfig, OptimizerConfig, ScheduleConfig
 from fastdistil.train.logging import RunLog
+from fastdistil.train.sections import LoopConfig, OptimizerConfig, ScheduleConfig
 
 
 @dataclass
@@ -47,12 +46,13 @@ class Phase:
     teacher_dtype: torch.dtype | None  # autocast of the teacher
     objectives: Sequence[Objective]
     batches: BatchSource
-    masker: Masker | Unmasked
     steps: int
     seed: int  # of the dropout
     optimizer: OptimizerConfig
     schedule: ScheduleConfig
     loop: LoopConfig
+    eval_every: int  # optimiser steps
+    checkpoint_every: int
     checkpoints: Path
     fingerprint: str
     evaluate: Callable[[Any], dict[str, float]]  # on held-out text, run by the main process
@@ -70,12 +70,16 @@ class Learner(nn.Module):
         self.wanted = Wanted.union(objective.student_taps for objective in objectives)
 
     def forward(
-        self, batch: MaskedBatch, teacher: Taps | None, counts: dict[str, Tensor]
+        self, batch: Batch, teacher: Taps | None, counts: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """This batch's share of the step's weighted loss, and of the mean of each term, for the log."""
-        student = tap(self.student, batch.input_ids, batch.attention_mask, self.wanted)
+        student = tap(self.student, batch.inputs, self.wanted)
         results = [objective.loss(student, teacher, batch, counts) for objective in self.objectives]
-        terms = {term: value / counts[term] for result in results for term, value in result.sums.items()}
+        terms = {
+            term: value / counts[term].clamp(min=1)
+            for result in results
+            for term, value in result.sums.items()
+        }
         return torch.stack([result.loss for result in results]).sum(), terms
 
 
@@ -91,7 +95,7 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
     plain.requires_grad_(False)
     for parameter in trained:
         parameter.requires_grad_(True)
-    optimizer = _adamw(trained, phase.optimizer, device)
+    optimizer = _optimizer(trained, phase.optimizer, device)
     learner = accelerator.prepare_model(plain)
     torch.manual_seed(phase.seed * 1_000_003 + accelerator.process_index)
 
@@ -125,7 +129,7 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
         for step in range(progress.step, phase.steps):
             # Ctrl-C in the middle of a step drops its gradients: the checkpoint is the state before it.
             before = rng_state(device), phase.batches.state_dict()
-            micro_batches = _masked_batches(phase, step, device)
+            micro_batches = list(phase.batches.micro_batches(step))
             counts = _global_counts(phase.objectives, micro_batches, accelerator)
             for i, batch in enumerate(micro_batches):
                 last = i == len(micro_batches) - 1
@@ -149,8 +153,8 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
             log.advance(progress.step)
 
             done = progress.step == phase.steps
-            evaluate = done or progress.step % phase.loop.eval_every == 0
-            save = done or progress.step % phase.loop.checkpoint_every == 0
+            evaluate = done or progress.step % phase.eval_every == 0
+            save = done or progress.step % phase.checkpoint_every == 0
             stop = interrupt.requested and world == 1
             if evaluate or save or stop or progress.step % phase.loop.log_every == 0:
                 # The only place where the loop waits for the device, and where processes agree to stop.
@@ -182,31 +186,31 @@ def lr_factor(step: int, steps: int, schedule: ScheduleConfig) -> float:
             return 1.0
 
 
-def _adamw(
+def _optimizer(
     parameters: list[nn.Parameter], config: OptimizerConfig, device: torch.device
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
+    if config.name == "adadelta":
+        return torch.optim.Adadelta(groups, lr=config.lr, rho=config.rho, eps=config.eps)
     fused = device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def _masked_batches(phase: Phase, step: int, device: torch.device) -> list[MaskedBatch]:
-    moved = [batch.to(device) for batch in phase.batches.micro_batches(step)]
-    return [phase.masker.mask(b.input_ids, b.attention_mask, b.sequence_index, b.epoch) for b in moved]
-
-
-def _teacher_taps(phase: Phase, batch: MaskedBatch) -> Taps | None:
+def _teacher_taps(phase: Phase, batch: Batch) -> Taps | None:
     if phase.teacher is None:
         return None
+    known = getattr(batch, "teacher_logits", None)
+    if known is not None:
+        return answered(known)
     wanted = Wanted.union(objective.teacher_taps for objective in phase.objectives)
-    return tap_teacher(phase.teacher, batch.input_ids, batch.attention_mask, phase.teacher_dtype, wanted)
+    return tap_teacher(phase.teacher, batch.inputs, phase.teacher_dtype, wanted)
 
 
 def _global_counts(
-    objectives: Sequence[Objective], micro_batches: Sequence[MaskedBatch], accelerator: Accelerator
+    objectives: Sequence[Objective], micro_batches: Sequence[Batch], accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """What the mean of each term is over, of all micro-batches and processes; on the device."""
     sums: dict[str, Tensor] = {}
@@ -245,7 +249,7 @@ class _Window:
         self._steps = 0
         self._start = time.monotonic()
 
-    def add(self, loss: Tensor, terms: dict[str, Tensor], batch: MaskedBatch) -> None:
+    def add(self, loss: Tensor, terms: dict[str, Tensor], batch: Batch) -> None:
         """One micro-batch: its share of the step's loss and terms."""
         for name, value in {"loss": loss.detach(), **terms}.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -58,14 +58,8 @@ class VocabularyConfig(Section):
         parts = []
         if self.kd_weight:
             where = "the masked tokens" if self.positions == "masked" else _TOKENS
-            divergence = {
-                "forward_kl": "KL(teacher‖student)",
-                "reverse_kl": "KL(student‖teacher)",
-                "jsd": f"JSD(β={self.jsd_beta:g})",
-            }[self.divergence]
-            parts.append(
-                f"{self.kd_weight:g} · T²·{divergence} at T={self.temperature:g} [mean over {where}]"
-            )
+            kd = _divergence(self.divergence, self.jsd_beta, self.temperature)
+            parts.append(f"{self.kd_weight:g} · {kd} [mean over {where}]")
         if self.ce_weight:
             parts.append(f"{self.ce_weight:g} · CE at T=1 [mean over the masked tokens]")
         return " + ".join(parts)
@@ -79,6 +73,59 @@ class CosineConfig(Section):
 
     def formula(self) -> str:
         return f"{self.weight:g} · (1 − cos) of the last hidden states [mean over {_TOKENS}]"
+
+
+class PredictionConfig(Section):
+    """`kd_weight * T^2 * D(teacher || student) + task_weight * (loss on the labels)` of a task's logits."""
+
+    name: Literal["prediction"] = "prediction"
+    kd_weight: float = Field(default=1.0, ge=0, description="weight of the distillation term; 0: no teacher")
+    task_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the loss on the labels: cross-entropy, or MSE of a regression",
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, description="T, of both distributions of the distillation term with distance 'kl'"
+    )
+    distance: Literal["kl", "mse"] = Field(
+        default="kl",
+        description="divergence of the predicted distributions, or MSE of the logits; a regression has MSE",
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        default="forward_kl", description="which one, with distance 'kl'"
+    )
+    jsd_beta: float = Field(
+        default=0.5, gt=0, lt=1, description="share of the teacher in the mixture of 'jsd'"
+    )
+
+    def formula(self, task_kind: str | None = None) -> str:
+        """`task_kind` as of `Task.kind`."""
+        parts = []
+        rows = "examples and both ends" if task_kind == "span" else "examples"
+        if self.kd_weight:
+            if task_kind == "regression":
+                kd = f"MSE of the teacher's scores [mean over {rows}]"
+            elif self.distance == "mse":
+                classes = "the tokens" if task_kind == "span" else "the classes"
+                kd = f"MSE of the logits [mean over {rows} and {classes}]"
+            else:
+                kd = f"{_divergence(self.divergence, self.jsd_beta, self.temperature)} [mean over {rows}]"
+            parts.append(f"{self.kd_weight:g} · {kd}")
+        if self.task_weight:
+            task = "MSE" if task_kind == "regression" else "CE at T=1"
+            parts.append(f"{self.task_weight:g} · {task} of the labels [mean over labelled {rows}]")
+        return " + ".join(parts)
+
+
+class NextSentenceConfig(Section):
+    """`weight` times the cross-entropy of whether the second segment follows the first."""
+
+    name: Literal["next_sentence"] = "next_sentence"
+    weight: float = Field(default=1.0, gt=0)
+
+    def formula(self) -> str:
+        return f"{self.weight:g} · CE of next-sentence prediction [mean over sequences]"
 
 
 class RelationsConfig(Section):
@@ -126,7 +173,7 @@ class AttentionTransferConfig(Section):
 
 
 class HiddenConfig(Section):
-    """`weight` times the sum over layer pairs of the mean squared error of their outputs."""
+    """`weight` times the sum or the mean over layer pairs of the mean squared error of their outputs."""
 
     name: Literal["hidden"] = "hidden"
     weight: float = Field(default=1.0, gt=0)
@@ -138,13 +185,39 @@ class HiddenConfig(Section):
         description="learn one linear map from the student's width to the teacher's; None: where they differ",
     )
     normalize: bool = Field(default=False, description="divide both states by their L2 norm")
+    tokens: Literal["all", "first"] = Field(
+        default="all", description="all but padding, or the first of each sequence alone ([CLS])"
+    )
+    layer_reduction: Literal["sum", "mean"] = Field(default="sum", description="over the layer pairs")
 
     def formula(self) -> str:
         kind = "normalised hidden states" if self.normalize else "hidden states"
+        tokens = "the first tokens" if self.tokens == "first" else _TOKENS
         return (
-            f"{self.weight:g} · MSE of {kind} [mean over {_TOKENS} and the width, "
-            f"sum over layers: {_mapping(self.layers)}]"
+            f"{self.weight:g} · MSE of {kind} [mean over {tokens} and the width, "
+            f"{self.layer_reduction} over layers: {_mapping(self.layers)}]"
         )
+
+
+class FeatureMapsConfig(Section):
+    """Weighted distances of the normalised outputs of layer pairs and of their means and variances."""
+
+    name: Literal["feature_maps"] = "feature_maps"
+    feature_weight: float = Field(default=100.0, ge=0, description="of the MSE of the normalised outputs")
+    mean_weight: float = Field(default=5000.0, ge=0, description="of the squared difference of the means")
+    variance_weight: float = Field(default=5.0, ge=0, description="of the difference of the variances")
+    layers: LayerMapping = Field(
+        default="uniform", description="uniform, skip, last, first, or pairs of [student, teacher] layers"
+    )
+
+    def formula(self) -> str:
+        weights = {
+            f"MSE of normalised feature maps [mean over {_TOKENS} and the width]": self.feature_weight,
+            f"(difference of their means)² [mean over {_TOKENS}]": self.mean_weight,
+            f"|difference of their variances| [mean over {_TOKENS}]": self.variance_weight,
+        }
+        parts = " + ".join(f"{weight:g} · {what}" for what, weight in weights.items() if weight)
+        return f"{parts} [sum over layers: {_mapping(self.layers)}]"
 
 
 class EmbeddingsConfig(Section):
@@ -170,7 +243,10 @@ ObjectiveConfig = Annotated[
     | RelationsConfig
     | AttentionTransferConfig
     | HiddenConfig
-    | EmbeddingsConfig,
+    | EmbeddingsConfig
+    | PredictionConfig
+    | FeatureMapsConfig
+    | NextSentenceConfig,
     Field(discriminator="name"),
 ]
 OBJECTIVES: dict[str, type[Section]] = {
@@ -180,13 +256,31 @@ OBJECTIVES: dict[str, type[Section]] = {
     "attention_transfer": AttentionTransferConfig,
     "hidden": HiddenConfig,
     "embeddings": EmbeddingsConfig,
+    "prediction": PredictionConfig,
+    "feature_maps": FeatureMapsConfig,
+    "next_sentence": NextSentenceConfig,
 }
 
 
-def describe(objectives: Sequence[ObjectiveConfig]) -> str:
-    """The loss as it is computed, for the log: weights, T^2, and what each mean is over."""
-    total = " + ".join(objective.formula() for objective in objectives)
+def describe(objectives: Sequence[ObjectiveConfig], task_kind: str | None = None) -> str:
+    """The loss as it is computed, for the log: weights, T^2, and what each mean is over.
+
+    `task_kind` as of `Task.kind`, of objectives on a task.
+    """
+    total = " + ".join(
+        objective.formula(task_kind) if isinstance(objective, PredictionConfig) else objective.formula()
+        for objective in objectives
+    )
     return f"loss = {total}; each mean is over the whole batch of an optimiser step"
+
+
+def _divergence(divergence: str, jsd_beta: float, temperature: float) -> str:
+    name = {
+        "forward_kl": "KL(teacher‖student)",
+        "reverse_kl": "KL(student‖teacher)",
+        "jsd": f"JSD(β={jsd_beta:g})",
+    }[divergence]
+    return f"T²·{name} at T={temperature:g}"
 
 
 def _mapping(layers: str | list[list[int]]) -> str:

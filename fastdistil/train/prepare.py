@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from fastdistil.data.batches import BatchSource, Share, StoreBatches
+from fastdistil.data.batches import BatchSource, Share, StoreBatches, TokenSource
 from fastdistil.data.corpus import Corpus, open_corpus
-from fastdistil.data.masking import Masker, Unmasked
+from fastdistil.data.masking import MaskedBatches, Masker, Unmasked
+from fastdistil.data.sentence_pairs import cached_pair_store
 from fastdistil.data.streaming import StreamBatches, sample_token_counts
 from fastdistil.data.token_store import TokenStore, cached_token_store, open_token_store
 from fastdistil.data.tokenizer import TokenizerFacts, train_wordpiece
@@ -21,8 +22,9 @@ from fastdistil.errors import UserError
 from fastdistil.models.load import load_tokenizer, max_positions
 from fastdistil.models.student import check_same_tokenizer
 from fastdistil.train.checkpoint import publish
-from fastdistil.train.config import DataConfig, LoopConfig, RunConfig
+from fastdistil.train.config import RunConfig
 from fastdistil.train.logging import RunLog
+from fastdistil.train.sections import DataConfig, LoopConfig, MaskingConfig
 
 
 @dataclass(frozen=True)
@@ -34,35 +36,21 @@ class PreparedData:
     token_counts: np.ndarray  # (V,) in the training text
     held_out: TokenStore
     held_out_rows: np.ndarray  # sequence numbers in `held_out`
-    training: Callable[[Share, int], BatchSource]  # share of the batch, seed
+    training: Callable[[Share, int], TokenSource]  # share of the batch, seed
     num_sequences: int | None  # for training; None: a stream
 
     def describe_held_out(self) -> str:
         meta = self.held_out.meta
         return f"{len(self.held_out_rows):,} sequences of {meta.max_length} tokens of {meta.corpus}"
 
-    def steps(self, loop: LoopConfig) -> int:
-        """Optimiser steps of a phase."""
-        if loop.steps is not None:
-            return loop.steps
-        if self.num_sequences is None:
-            raise UserError("run.epochs: a stream has no known length; give run.steps")
-        assert loop.epochs is not None
-        return math.ceil(loop.epochs * self.num_sequences / loop.batch_size)
-
-    def batches(self, loop: LoopConfig, seed: int, accelerator: Accelerator) -> BatchSource:
-        world = accelerator.num_processes
-        micro = max(1, min(loop.micro_batch_size, loop.batch_size // world))
-        return self.training(Share(loop.batch_size, micro, accelerator.process_index, world), seed)
-
-    def masker(self, config: RunConfig, seed: int, device: torch.device) -> Masker | Unmasked:
-        if config.masking is None:
+    def masker(self, masking: MaskingConfig | None, seed: int, device: torch.device) -> Masker | Unmasked:
+        if masking is None:
             return Unmasked()
         try:
             return Masker(
                 self.facts,
                 seed=seed,
-                **config.masking.model_dump(),
+                **masking.model_dump(),
                 token_counts=self.token_counts,
                 device=device,
             )
@@ -70,12 +58,40 @@ class PreparedData:
             raise UserError(f"masking: {error}") from None
 
 
-def prepare_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator, log: RunLog) -> PreparedData:
+@dataclass(frozen=True)
+class MaskedText:
+    """The training text of a phase, as it is masked there."""
+
+    data: PreparedData
+    masking: MaskingConfig | None
+
+    def steps_per_epoch(self, loop: LoopConfig) -> int | None:
+        sequences = self.data.num_sequences
+        return None if sequences is None else math.ceil(sequences / loop.batch_size)
+
+    def steps(self, loop: LoopConfig) -> int:
+        if loop.steps is not None:
+            return loop.steps
+        if self.data.num_sequences is None:
+            raise UserError("run.epochs: a stream has no known length; give run.steps")
+        assert loop.epochs is not None
+        return math.ceil(loop.epochs * self.data.num_sequences / loop.batch_size)
+
+    def batches(self, loop: LoopConfig, seed: int, accelerator: Accelerator) -> BatchSource:
+        world = accelerator.num_processes
+        micro = max(1, min(loop.micro_batch_size or loop.batch_size, loop.batch_size // world))
+        share = Share(loop.batch_size, micro, accelerator.process_index, world)
+        device = accelerator.device
+        return MaskedBatches(
+            self.data.training(share, seed), self.data.masker(self.masking, seed, device), device
+        )
+
+
+def prepare_data(data: DataConfig, tokenizer: Any, accelerator: Accelerator, log: RunLog) -> PreparedData:
     """Tokenise the corpus (or open what was tokenised before) and set held-out text aside.
 
     Raises `UserError` for a corpus that cannot be read, is empty, or does not fit the tokenizer.
     """
-    data = config.data
     assert data.corpus is not None
     facts = TokenizerFacts.from_tokenizer(tokenizer)
     with accelerator.main_process_first():
@@ -89,7 +105,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator, lo
             held_out = _store(data.validation, data, tokenizer, log, limit=data.max_validation_sequences)
             rows = np.arange(len(held_out))
 
-            def stream(share: Share, seed: int) -> BatchSource:
+            def stream(share: Share, seed: int) -> TokenSource:
                 return StreamBatches(corpus, tokenizer, data.max_length, share, seed)
 
             return PreparedData(tokenizer, facts, counts, held_out, rows, stream, None)
@@ -102,7 +118,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, accelerator: Accelerator, lo
             held_out = store
             training_rows, rows = store.split(data.validation_fraction)
 
-    def stored(share: Share, seed: int) -> BatchSource:
+    def stored(share: Share, seed: int) -> TokenSource:
         return StoreBatches(store, training_rows, share, seed)
 
     log.say(
@@ -157,9 +173,20 @@ def _open(spec: str, data: DataConfig) -> Corpus:
 
 def _store(spec: str, data: DataConfig, tokenizer: Any, log: RunLog, *, limit: int | None) -> TokenStore:
     if (Path(spec) / "meta.json").is_file():
-        return open_token_store(spec, tokenizer, max_length=data.max_length)
+        return open_token_store(spec, tokenizer, max_length=data.max_length, pairs=data.sentence_pairs)
     corpus = open_corpus(spec, text_column=data.text_column, split=data.split, streaming=False)
     log.say(f"reading {spec}")
+    if data.sentence_pairs:
+        return cached_pair_store(
+            corpus,
+            tokenizer,
+            max_length=data.max_length,
+            seed=0,  # of the pairs, which are the same for all seeds of a run
+            document_column=data.document_column,
+            short_probability=data.short_probability,
+            max_sequences=limit,
+            cache_dir=data.cache_dir,
+        )
     return cached_token_store(
         corpus, tokenizer, max_length=data.max_length, max_sequences=limit, cache_dir=data.cache_dir
     )

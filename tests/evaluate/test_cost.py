@@ -4,23 +4,30 @@ import time
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, DistilBertConfig, DistilBertForMaskedLM
 
 from fastdistil.errors import RunError, UserError
 from fastdistil.evaluate import bytes_on_disk, count_parameters, measure_latency, measure_peak_memory
+from fastdistil.models.bilstm import BiLSTMConfig, BiLSTMForSequenceClassification
 
 
-def bert(hidden_size: int = 16, vocab_size: int = 50) -> BertForMaskedLM:
-    return BertForMaskedLM(
-        BertConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden_size,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=hidden_size,
-        )
+def bert(vocab_size: int = 50, family: str = "Bert"):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=vocab_size,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        type_vocab_size=1 if family == "Roberta" else 2,
     )
+    return getattr(transformers, f"{family}ForMaskedLM")(config)
+
+
+def bilstm(vocab_size: int = 50) -> BiLSTMForSequenceClassification:
+    config = BiLSTMConfig(vocab_size=vocab_size, embedding_size=16, hidden_size=8, fc_size=4, pairs=True)
+    return BiLSTMForSequenceClassification(config)
 
 
 def test_tied_weights_count_once():
@@ -81,12 +88,33 @@ def test_latency_runs_a_real_encoder():
     assert 0 < latency.p50_ms <= latency.p95_ms
 
 
-def test_peak_memory_holds_the_weights_and_little_more(tmp_path):
-    model = bert(vocab_size=500_000)
+@pytest.mark.parametrize("make", [bert, bilstm])
+def test_peak_memory_holds_the_encoders_weights_and_little_more(make, tmp_path):
+    model = make(1_000_000)  # 64 MB of word embeddings, of which the pass reads eight rows
     model.save_pretrained(tmp_path)
-    weights = 4 * count_parameters(model)
+    weights = 4 * count_parameters(model.base_model)
     peak = measure_peak_memory(tmp_path, batch_size=1, length=8)
     assert weights < peak < weights + (24 << 20)
+
+
+@pytest.mark.parametrize(
+    ("make", "types"),
+    [
+        (bert, [0, 0, 1, 1, 1]),
+        (bilstm, [0, 0, 1, 1, 1]),
+        (lambda: bert(family="Roberta"), None),
+        (lambda: DistilBertForMaskedLM(DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2)), None),
+    ],
+    ids=["bert", "bilstm", "roberta, of one type", "distilbert, which takes none"],
+)
+def test_half_of_a_timed_text_is_a_second_segment_where_token_types_are_taken(make, types):
+    model, calls = make(), []
+    model.base_model.register_forward_pre_hook(lambda *called: calls.append(called[2]), with_kwargs=True)
+    measure_latency({"model": model}, batch_sizes=(2,), length=5, runs=1, warmup=0)
+    (inputs,) = calls
+    assert inputs["input_ids"].shape == (2, 5)
+    found = inputs.get("token_type_ids")
+    assert (None if found is None else found.tolist()) == (None if types is None else [types] * 2)
 
 
 def test_a_folder_that_cannot_be_measured_is_one_line(tmp_path):

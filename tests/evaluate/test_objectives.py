@@ -49,7 +49,7 @@ def test_terms_are_unweighted_means_over_all_sequences(models, masker, store):
     assert len(rows) % 3 > 0
     for objective in OBJECTIVES:
         ours, theirs = (
-            tap_teacher(model.eval(), batch.input_ids, batch.attention_mask, wanted=wanted)
+            tap_teacher(model.eval(), batch.inputs, wanted=wanted)
             for model, wanted in ((student, objective.student_taps), (teacher, objective.teacher_taps))
         )
         counts = objective.counts(batch)

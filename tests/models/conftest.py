@@ -1,6 +1,7 @@
 """Tiny random masked language models of every family that can be a student, and two that can be tapped."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +18,11 @@ SIZES = {
 }
 
 
-def build_tiny(family: str, **changes: Any) -> Any:
-    """A model in eval mode whose weights are all random, so that a forgotten bias or norm shows."""
+def build_tiny(family: str, head: str = "MaskedLM", **changes: Any) -> Any:
+    """A model in eval mode whose weights are all random, so that a forgotten bias or norm shows.
+
+    `head` is that of `transformers`' Auto classes: "MaskedLM", "SequenceClassification" and so on.
+    """
     config: Any
     match family:
         case "bert":
@@ -42,7 +46,7 @@ def build_tiny(family: str, **changes: Any) -> Any:
             )
     for name, value in changes.items():
         setattr(config, name, value)
-    model = transformers.AutoModelForMaskedLM.from_config(config)
+    model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -53,6 +57,34 @@ def build_tiny(family: str, **changes: Any) -> Any:
 @pytest.fixture
 def build() -> Callable[..., Any]:
     return build_tiny
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a model and a tokenizer of `size` words to a folder."""
+
+    def write(model: Any, name: str = "model", size: int = 61, **tokens: Any) -> Path:
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(5, size))]
+        tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)}, **tokens)
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def tiny_pair() -> dict[str, torch.Tensor]:
+    """Two pairs of sentences, `[CLS] A [SEP] B [SEP]`, the second with three tokens of padding."""
+    ids = torch.randint(5, 61, (2, 12), generator=torch.Generator().manual_seed(1))
+    ids[:, 0] = 2
+    types = torch.zeros_like(ids)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    for row, (first, length) in enumerate([(6, 12), (4, 9)]):
+        ids[row, first - 1] = ids[row, length - 1] = 3
+        types[row, first:length] = 1
+        ids[row, length:], mask[row, length:] = 0, False
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
 @pytest.fixture(params=["bert", "roberta", "distilbert", "electra", "modernbert"])

@@ -21,6 +21,10 @@ def model(request, build):
     return build(request.param)
 
 
+def inputs(ids, mask):
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def attention_maps(model, ids, mask):
     """(B, H, L, L) of each layer, as the eager attention of transformers has them."""
     eager = copy.deepcopy(model)
@@ -31,7 +35,7 @@ def attention_maps(model, ids, mask):
 
 def test_tapped_queries_and_keys_give_the_attention_maps(model, tiny_batch):
     ids, mask = tiny_batch(model)
-    taps = tap_teacher(model, ids, mask.bool(), wanted=SOME)
+    taps = tap_teacher(model, inputs(ids, mask.bool()), wanted=SOME)
     maps = attention_maps(model, ids, mask)
     assert set(taps.attention) == {1, 3}
     for layer, states in taps.attention.items():
@@ -49,7 +53,7 @@ def test_tapped_queries_and_keys_give_the_attention_maps(model, tiny_batch):
 
 def test_layers_that_share_weights_are_told_apart(build, tiny_batch):
     albert = build("albert")
-    taps = tap_teacher(albert, *tiny_batch(albert), wanted=SOME)
+    taps = tap_teacher(albert, inputs(*tiny_batch(albert)), wanted=SOME)
     assert not torch.allclose(taps.attention[1].query, taps.attention[3].query)
 
 
@@ -59,8 +63,8 @@ def test_the_model_computes_the_same_bits_and_is_left_as_it_was(model, tiny_batc
     model.base_model.register_forward_pre_hook(
         lambda module, inputs: implementations.append(module.config._attn_implementation)
     )
-    plain = tap_teacher(model, ids, mask)
-    tapped = tap_teacher(model, ids, mask, wanted=SOME)
+    plain = tap_teacher(model, inputs(ids, mask))
+    tapped = tap_teacher(model, inputs(ids, mask), wanted=SOME)
     assert torch.equal(plain.last_hidden, tapped.last_hidden)
     assert implementations[0] == model.config._attn_implementation == "sdpa"
     assert implementations[1] != "sdpa"
@@ -70,7 +74,7 @@ def test_the_model_computes_the_same_bits_and_is_left_as_it_was(model, tiny_batc
 def test_gradients_reach_the_student_through_the_taps(model, tiny_batch):
     """The query of layer 1 depends on all that comes before it, and on nothing after."""
     ids, mask = tiny_batch(model)
-    states = tap(model, ids, mask, SOME).attention[1]
+    states = tap(model, inputs(ids, mask), SOME).attention[1]
     states.query.square().sum().backward()
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
     if model.config.model_type == "bert":
@@ -88,7 +92,7 @@ def test_relation_states_have_the_heads_side_by_side(build, tiny_batch):
         getattr(attention, name).register_forward_hook(
             lambda module, inputs, output, name=name: caught.update({name: output})
         )
-    states = tap(bert, ids, mask, SOME).attention[1]
+    states = tap(bert, inputs(ids, mask), SOME).attention[1]
     for name, output in caught.items():
         assert torch.equal(states.relation(name), output)
         assert states.relation(name).data_ptr() == output.data_ptr()  # a view
@@ -97,7 +101,7 @@ def test_relation_states_have_the_heads_side_by_side(build, tiny_batch):
 def test_a_teacher_under_autocast_has_low_precision_states_without_gradient(build, tiny_batch):
     bert = build("bert")
     ids, mask = tiny_batch(bert)
-    states = tap_teacher(bert, ids, mask, torch.bfloat16, SOME).attention[1]
+    states = tap_teacher(bert, inputs(ids, mask), torch.bfloat16, SOME).attention[1]
     assert states.query.dtype == torch.bfloat16
     assert not states.query.requires_grad
     # The backward pass of a student's loss must be able to keep them.
@@ -107,7 +111,7 @@ def test_a_teacher_under_autocast_has_low_precision_states_without_gradient(buil
 
 def test_what_is_tapped_is_gone_with_the_taps(build, tiny_batch):
     bert = build("bert")
-    taps = tap_teacher(bert, *tiny_batch(bert), wanted=SOME)
+    taps = tap_teacher(bert, inputs(*tiny_batch(bert)), wanted=SOME)
     kept = [weakref.ref(taps.attention[1].query), weakref.ref(taps.attention[3].value)]
     del taps
     gc.collect()
@@ -119,7 +123,8 @@ def test_two_models_in_two_threads_do_not_mix(build, tiny_batch):
     batches = [tiny_batch(model) for model in models]
 
     def run(i):
-        return [tap_teacher(models[i], *batches[i], wanted=SOME).attention[3].query for _ in range(20)]
+        batch = inputs(*batches[i])
+        return [tap_teacher(models[i], batch, wanted=SOME).attention[3].query for _ in range(20)]
 
     expected = [run(0)[0], run(1)[0]]
     with ThreadPoolExecutor(2) as pool:
@@ -131,13 +136,13 @@ def test_hidden_states_and_embeddings_are_those_of_transformers(model, tiny_batc
     ids, mask = tiny_batch(model)
     with torch.no_grad():
         expected = model.base_model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    taps = tap_teacher(model, ids, mask, wanted=Wanted(hidden=frozenset({0, 3}), embeddings=True))
+    taps = tap_teacher(model, inputs(ids, mask), wanted=Wanted(hidden=frozenset({0, 3}), embeddings=True))
     assert set(taps.hidden) == {0, 3}
     assert torch.equal(taps.embeddings, expected.hidden_states[0])
     assert torch.equal(taps.hidden[0], expected.hidden_states[1])
     assert torch.equal(taps.hidden[3], expected.hidden_states[4])
     assert torch.equal(taps.last_hidden, expected.last_hidden_state)
-    assert tap_teacher(model, ids, mask).embeddings is None
+    assert tap_teacher(model, inputs(ids, mask)).embeddings is None
 
 
 def test_a_model_outside_of_the_interface_is_named_with_those_inside():
@@ -154,15 +159,15 @@ def test_a_model_outside_of_the_interface_is_named_with_those_inside():
     with pytest.raises(
         ValueError, match=r"MPNetModel \(model type 'mpnet'\).*BERT, DistilBERT, RoBERTa, ELECTRA"
     ):
-        tap_teacher(model, ids, torch.ones_like(ids), wanted=SOME)
+        tap_teacher(model, inputs(ids, torch.ones_like(ids)), wanted=SOME)
 
 
 def test_a_layer_that_is_not_there_is_named_and_the_model_put_back(build, tiny_batch):
     bert = build("bert")
     with pytest.raises(UserError, match="layer 4 is not there: the attention layers are 0 to 3"):
-        tap_teacher(bert, *tiny_batch(bert), wanted=Wanted(attention=frozenset({0, 4})))
+        tap_teacher(bert, inputs(*tiny_batch(bert)), wanted=Wanted(attention=frozenset({0, 4})))
     with pytest.raises(UserError, match="has no layer 4, its layers are 0 to 3"):
-        tap_teacher(bert, *tiny_batch(bert), wanted=Wanted(hidden=frozenset({4})))
+        tap_teacher(bert, inputs(*tiny_batch(bert)), wanted=Wanted(hidden=frozenset({4})))
     with pytest.raises(IndexError):
-        tap_teacher(bert, torch.tensor([[99]]), torch.ones(1, 1), wanted=SOME)
+        tap_teacher(bert, inputs(torch.tensor([[99]]), torch.ones(1, 1)), wanted=SOME)
     assert bert.config._attn_implementation == "sdpa"

@@ -36,7 +36,7 @@ def test_a_list_of_pairs_is_taken_as_it_is():
         ([[6, 1]], (6, 12), "layers: the student has no layer 6, its layers are 0 to 5"),
         ([[-1, 1]], (6, 12), "the student has no layer -1"),
         ([], (6, 12), "names no layers"),
-        ("top", (6, 12), "must be one of uniform, skip, last, first or a list of pairs, got 'top'"),
+        ("middle", (6, 12), "one of uniform, skip, last, first, top or a list of pairs, got 'middle'"),
         ("uniform", (13, 12), "student's 13 layers with another of the teacher, which has only 12"),
         ("skip", (1, 12), r"leaves the student's last layer out, and it has no other: give \[\[0, 11\]\]"),
     ],

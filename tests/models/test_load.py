@@ -11,6 +11,7 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fastdistil.errors import UserError
+from fastdistil.models.bilstm import make_bilstm
 from fastdistil.models.load import load_encoder, load_encoder_with_new_head, load_masked_lm
 from fastdistil.models.student import check_same_tokenizer
 
@@ -129,6 +130,85 @@ def test_a_head_that_the_folder_has_is_kept(bert_folder, build):
     assert torch.equal(model.cls.predictions.bias, build("bert").cls.predictions.bias)
 
 
+@pytest.fixture
+def pair_folder(build, save):
+    return save(build("bert", "PreTraining"))
+
+
+def test_a_next_sentence_head_is_kept_only_where_it_is_asked_for(build, pair_folder, tiny_pair):
+    original = build("bert", "PreTraining")
+    kept, _ = load_masked_lm(pair_folder, next_sentence=True)
+    assert not kept.training
+    ours, theirs = kept(**tiny_pair), original(**tiny_pair)
+    assert torch.equal(ours.seq_relationship_logits, theirs.seq_relationship_logits)
+    assert torch.equal(ours.prediction_logits, theirs.prediction_logits)
+    model, _ = load_masked_lm(pair_folder)
+    assert type(model) is transformers.BertForMaskedLM
+    assert torch.equal(model(**tiny_pair).logits, theirs.prediction_logits)
+
+
+def test_a_masked_language_model_stays_one_where_no_next_sentence_head_is(bert_folder):
+    assert type(load_masked_lm(bert_folder, next_sentence=True)[0]) is transformers.BertForMaskedLM
+
+
+def test_a_next_sentence_head_whose_pooler_is_missing_is_refused(build, save):
+    model = build("bert", "PreTraining")
+    model.bert.pooler = None
+    with pytest.raises(UserError, match=r"encoder weights are missing, the first is 'bert.pooler"):
+        load_masked_lm(save(model), next_sentence=True)
+
+
+@pytest.mark.parametrize("family", ["bert", "mobilebert"])
+def test_pooler_and_next_sentence_head_are_fresh_where_they_lack(build, save, tiny_batch, family):
+    original = build(family)
+    counts = torch.ones(61)
+    folder = save(original)
+    torch.manual_seed(0)
+    model, _ = load_encoder_with_new_head(folder, token_counts=counts, next_sentence=True)
+    assert type(model) is type(build(family, "PreTraining"))
+    assert not model.training
+    ids, mask = tiny_batch(original)
+    # The masked-language-model head is there, so that it is kept as it is.
+    assert torch.equal(model(ids, mask).prediction_logits, original(ids, mask).logits)
+    for fresh in (model.base_model.pooler.dense, model.cls.seq_relationship):
+        assert 0.01 < fresh.weight.std() < 0.04
+        assert fresh.bias.eq(0).all()
+    torch.manual_seed(0)
+    again, _ = load_encoder_with_new_head(folder, next_sentence=True)
+    assert torch.equal(again.cls.seq_relationship.weight, model.cls.seq_relationship.weight)
+
+
+def test_an_encoder_gets_all_heads_and_keeps_its_pooler(build, save):
+    encoder = build("bert", "PreTraining").bert
+    counts = torch.arange(61)
+    model, _ = load_encoder_with_new_head(save(encoder), token_counts=counts, next_sentence=True)
+    assert torch.equal(model.bert.pooler.dense.weight, encoder.pooler.dense.weight)
+    bias = model.cls.predictions.decoder.bias
+    torch.testing.assert_close(bias[60] - bias[0], torch.tensor(61.0).log())
+    assert 0.01 < model.cls.seq_relationship.weight.std() < 0.04
+
+
+def test_all_trained_heads_are_kept(build, pair_folder, tiny_pair):
+    model, _ = load_encoder_with_new_head(pair_folder, token_counts=torch.ones(61), next_sentence=True)
+    ours, theirs = model(**tiny_pair), build("bert", "PreTraining")(**tiny_pair)
+    assert torch.equal(ours.seq_relationship_logits, theirs.seq_relationship_logits)
+    assert torch.equal(ours.prediction_logits, theirs.prediction_logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("roberta", "RobertaForMaskedLM is not a model with a next-sentence head; BERT and MobileBERT"),
+        ("electra", "ElectraForPreTraining is not a model with a next-sentence head; BERT and MobileBERT"),
+        ("modernbert", "cannot be loaded as a model with a next-sentence head"),
+    ],
+)
+def test_a_family_without_next_sentence_head_is_one_line(build, save, family, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_encoder_with_new_head(save(build(family)), next_sentence=True)
+    assert "\n" not in str(caught.value)
+
+
 def drop(folder: Path, name: str) -> None:
     (folder / name).unlink()
 
@@ -207,6 +287,16 @@ def test_a_spoiled_encoder_folder_gives_one_line_that_names_it(headless_folder, 
     with pytest.raises(UserError, match=message) as caught:
         load_encoder(headless_folder)
     assert str(caught.value).startswith(str(headless_folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_bilstm_is_an_encoder_and_no_masked_language_model(build, save):
+    student = make_bilstm(build("bert", "SequenceClassification"), pairs=False)
+    folder = save(student)
+    encoder, _ = load_encoder(folder)
+    assert torch.equal(encoder.embeddings.weight, student.bilstm.embeddings.weight)
+    with pytest.raises(UserError, match="cannot be loaded as a masked language model") as caught:
+        load_masked_lm(folder)
     assert "\n" not in str(caught.value)
 
 

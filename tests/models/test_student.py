@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM, BertModel, DistilBertForMaskedLM, RobertaModel
+from transformers import (
+    AutoModelForMaskedLM,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    DistilBertForMaskedLM,
+    RobertaModel,
+)
 
 from fastdistil.errors import UserError
 from fastdistil.models.student import make_student, spread_layers
@@ -122,6 +129,124 @@ def test_a_random_student_takes_its_own_widths_and_is_reproducible(tiny_model, t
 def test_impossible_students_are_refused_naming_the_key(build, arguments, message):
     with pytest.raises(UserError, match=message):
         make_student(build("bert"), **arguments)
+
+
+HEADS = ["SequenceClassification", "QuestionAnswering", "MultipleChoice"]
+
+
+def task_outputs(model, batch):
+    """All logits, of the `inputs` that the model takes; a choice between two options."""
+    if "MultipleChoice" in type(model).__name__:
+        # As numbers: ModernBERT looks for the greatest of a mask here.
+        batch = {name: value[None].long() for name, value in batch.items()}
+    if model.config.model_type in ("distilbert", "modernbert", "roberta"):
+        batch = {name: value for name, value in batch.items() if name != "token_type_ids"}
+    with torch.no_grad():
+        return torch.stack(list(model.eval()(**batch).values()))
+
+
+@pytest.fixture(params=["bert", "roberta", "distilbert", "electra", "modernbert"])
+def family(request):
+    return request.param
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_task_students_head_and_layers_are_the_teachers(build, tiny_pair, family, head):
+    teacher = build(family, head)
+    teacher.config.label2id = {"no": 0, "yes": 1}
+    student = make_student(teacher, num_layers=4)
+    assert type(student) is type(teacher)
+    assert student.config.label2id == {"no": 0, "yes": 1}
+    assert torch.equal(task_outputs(student, tiny_pair), task_outputs(teacher, tiny_pair))
+    student = make_student(teacher, teacher_layers=[0, 2])
+    stack = next(
+        m for m in teacher.base_model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4
+    )
+    del stack[3], stack[1]
+    torch.testing.assert_close(
+        task_outputs(student, tiny_pair), task_outputs(teacher, tiny_pair), rtol=0, atol=1e-6
+    )
+
+
+def test_a_bert_that_stays_a_bert_keeps_its_token_types(build, tiny_pair):
+    teacher = build("bert")
+    student = make_student(teacher, num_layers=4, architecture="same")
+    assert isinstance(student, BertForMaskedLM)
+    assert torch.equal(task_outputs(student, tiny_pair), task_outputs(teacher, tiny_pair))
+    encoder = make_student(teacher.bert, num_layers=4, architecture="same").eval()
+    assert isinstance(encoder, BertModel)
+    assert torch.equal(encoder(**tiny_pair).last_hidden_state, teacher.bert(**tiny_pair).last_hidden_state)
+
+
+def test_a_bert_with_next_sentence_prediction_keeps_both_heads(build, tiny_pair):
+    teacher = BertForPreTraining(build("bert").config).eval()
+    student = make_student(teacher, num_layers=4).eval()
+    ours, theirs = student(**tiny_pair), teacher(**tiny_pair)
+    assert torch.equal(ours.prediction_logits, theirs.prediction_logits)
+    assert torch.equal(ours.seq_relationship_logits, theirs.seq_relationship_logits)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_distilbert_of_a_bert_with_a_task_has_its_encoder_and_its_labels(build, tiny_batch, head):
+    teacher = build("bert", head)
+    teacher.config.label2id = {"no": 0, "yes": 1}
+    student = make_student(teacher, num_layers=4, architecture="distilbert").eval()
+    assert type(student).__name__ == f"DistilBertFor{head}"
+    assert student.config.label2id == {"no": 0, "yes": 1}
+    ids, mask = tiny_batch(teacher)
+    valid = mask.bool()
+    ours, theirs = (model.base_model(ids, mask).last_hidden_state[valid] for model in (student, teacher))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    if head == "QuestionAnswering":
+        starts, expected = (model(ids, mask).start_logits[valid] for model in (student, teacher))
+        torch.testing.assert_close(starts, expected, rtol=0, atol=1e-6)
+
+
+def test_a_distilberts_classifier_starts_fresh_from_the_random_state(build):
+    teacher = build("bert", "SequenceClassification")
+
+    def classifier():
+        torch.manual_seed(3)
+        student = make_student(teacher, architecture="distilbert")
+        return torch.cat([student.pre_classifier.weight, student.classifier.weight])
+
+    assert torch.equal(classifier(), classifier())
+    assert 0.01 < classifier().std() < 0.04
+    assert not torch.equal(classifier()[-2:], teacher.classifier.weight)
+
+
+def test_a_bert_of_the_sizes_of_tinybert(build, tiny_pair):
+    teacher = build("bert", "SequenceClassification", num_labels=3)
+    student = make_student(
+        teacher,
+        num_layers=2,
+        hidden_size=12,
+        num_attention_heads=4,
+        intermediate_size=20,
+        init="random",
+        dropout=0.0,
+    )
+    assert type(student) is type(teacher)
+    layers, embeddings = 2 * (4 * (12 * 12 + 12) + 2 * 12 * 20 + 20 + 12 + 4 * 12), (61 + 40 + 2 + 2) * 12
+    pooler, classifier = 12 * 12 + 12, 3 * 12 + 3
+    assert sum(p.numel() for p in student.parameters()) == layers + embeddings + pooler + classifier
+    assert {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    assert task_outputs(student, tiny_pair).shape == (1, 2, 3)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_dropout_reaches_every_layer_and_the_head(build, family, head):
+    student = make_student(build(family, head), dropout=0.0)
+    assert {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+def test_a_distilbert_is_made_of_a_bert_alone(build):
+    with pytest.raises(UserError, match=r"student.architecture: no 'distilbert'.*of RobertaForMaskedLM"):
+        make_student(build("roberta"), architecture="distilbert")
+    teacher = BertForPreTraining(build("bert").config)
+    with pytest.raises(UserError, match="of BertForPreTraining; leave it out"):
+        make_student(teacher, architecture="distilbert")
+    assert isinstance(make_student(build("distilbert"), architecture="distilbert"), DistilBertForMaskedLM)
 
 
 def test_modernbert_must_keep_its_first_layer(build):

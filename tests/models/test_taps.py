@@ -24,7 +24,8 @@ def test_a_frozen_copy_computes_the_same_bits_from_fewer_bytes(tiny_model, tiny_
     before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
     frozen = frozen_copy(tiny_model, torch.bfloat16)
     wanted = Wanted(hidden=frozenset({0, 3}), embeddings=True)
-    taps = [tap_teacher(model, ids, mask.bool(), torch.bfloat16, wanted) for model in (tiny_model, frozen)]
+    inputs = {"input_ids": ids, "attention_mask": mask.bool()}
+    taps = [tap_teacher(model, inputs, torch.bfloat16, wanted) for model in (tiny_model, frozen)]
     assert torch.equal(taps[0].last_hidden, taps[1].last_hidden)
     assert torch.equal(taps[0].embeddings, taps[1].embeddings)
     assert all(torch.equal(taps[0].hidden[layer], taps[1].hidden[layer]) for layer in (0, 3))

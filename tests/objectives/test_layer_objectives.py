@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fastdistil.models.taps import Wanted, tap, tap_teacher
 from fastdistil.objectives import (
     AttentionTransferObjective,
     EmbeddingsObjective,
+    FeatureMapsObjective,
     HiddenObjective,
     Objective,
     RelationsObjective,
@@ -67,13 +69,12 @@ def batch() -> MaskedBatch:
 
 
 def part(batch: MaskedBatch, rows: slice) -> MaskedBatch:
-    return MaskedBatch(**{name: value[rows] for name, value in vars(batch).items()})
+    return MaskedBatch(**{name: value[rows] for name, value in vars(batch).items() if value is not None})
 
 
 def run(objective: Objective, student, teacher, batch, counts=None):
-    inputs = batch.input_ids, batch.attention_mask
-    ours = tap(student, *inputs, objective.student_taps)
-    theirs = tap_teacher(teacher, *inputs, wanted=objective.teacher_taps)
+    ours = tap(student, batch.inputs, objective.student_taps)
+    theirs = tap_teacher(teacher, batch.inputs, wanted=objective.teacher_taps)
     return objective.loss(ours, theirs, batch, counts or objective.counts(batch))
 
 
@@ -125,16 +126,31 @@ def transfer_reference(student, teacher, batch, distance) -> Tensor:
     return total
 
 
-def hidden_reference(student, teacher, batch, projection=None, normalize=False) -> Tensor:
+def hidden_reference(student, teacher, batch, projection=None, normalize=False, mask=None) -> Tensor:
     ours, theirs = inside(student, batch)["hidden"], inside(teacher, batch)["hidden"]
+    mask = batch.attention_mask if mask is None else mask
     total = torch.zeros((), dtype=torch.float64)
     for i, j in PAIRS:
-        s, t = ours[i + 1][batch.attention_mask], theirs[j + 1][batch.attention_mask]
+        s, t = ours[i + 1][mask], theirs[j + 1][mask]
         s = s if projection is None else projection(s)
         if normalize:
             s, t = nn.functional.normalize(s, dim=-1), nn.functional.normalize(t, dim=-1)
         total = total + nn.functional.mse_loss(s, t)
     return total
+
+
+def feature_reference(student, teacher, batch) -> dict[str, Tensor]:
+    ours, theirs = inside(student, batch)["hidden"], inside(teacher, batch)["hidden"]
+    terms = dict.fromkeys(("feature_maps", "feature_mean", "feature_variance"), 0.0)
+    for i, j in PAIRS:
+        s, t = ours[i + 1][batch.attention_mask], theirs[j + 1][batch.attention_mask]
+        means = s.mean(-1, keepdim=True), t.mean(-1, keepdim=True)
+        variances = tuple((x - m).square().mean(-1, keepdim=True) for x, m in zip((s, t), means, strict=True))
+        normalised = [(x - m) / v.sqrt() for x, m, v in zip((s, t), means, variances, strict=True)]
+        terms["feature_maps"] += (normalised[0] - normalised[1]).square().mean()
+        terms["feature_mean"] += (means[0] - means[1]).square().mean()
+        terms["feature_variance"] += (variances[0] - variances[1]).abs().mean()
+    return terms
 
 
 def embeddings_reference(student, teacher, batch, projection=None) -> Tensor:
@@ -214,6 +230,42 @@ def test_hidden_with_a_projection_trains_it(narrow, batch, normalize):
     equals(objective, narrow, batch, 0.7, lambda s, t, b, p: hidden_reference(s, t, b, p, normalize))
 
 
+@pytest.mark.parametrize("which", ["models", "narrow"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_hidden_of_the_first_tokens_is_a_mean_over_sequences_and_layers(which, batch, normalize, request):
+    student, teacher = request.getfixturevalue(which)
+    projection = nn.Linear(12, 16) if which == "narrow" else None
+    objective = HiddenObjective(PAIRS, 16, projection, normalize, 0.7, "first", "mean")
+    first = torch.zeros_like(batch.attention_mask)
+    first[:, 0] = True
+
+    def reference(student, teacher, batch, projection):
+        return hidden_reference(student, teacher, batch, projection, normalize, first) / len(PAIRS)
+
+    equals(objective, (student, teacher), batch, 0.7, reference)
+
+
+def test_feature_maps_equal_the_float64_terms(models, batch):
+    weights = {"feature_maps": 0.5, "feature_mean": 2.0, "feature_variance": 0.25}
+
+    def reference(student, teacher, batch, _):
+        terms = feature_reference(student, teacher, batch)
+        return sum(weight * terms[name] for name, weight in weights.items())
+
+    objective = FeatureMapsObjective(PAIRS, 16, *weights.values())
+    assert objective.terms == tuple(weights)
+    equals(objective, models, batch, 1.0, reference)
+
+
+@pytest.mark.parametrize("term", ["feature_maps", "feature_mean", "feature_variance"])
+def test_a_term_of_the_feature_maps_with_weight_zero_is_left_out(models, batch, term):
+    names = ("feature_maps", "feature_mean", "feature_variance")
+    objective = FeatureMapsObjective(PAIRS, 16, *(3.0 * (name == term) for name in names))
+    assert objective.terms == (term,)
+    assert set(run(objective, *models, batch).sums) == {term}
+    equals(objective, models, batch, 3.0, lambda s, t, b, _: feature_reference(s, t, b)[term])
+
+
 def test_embeddings_equal_the_float64_mean(models, batch):
     equals(EmbeddingsObjective(16, weight=0.7), models, batch, 0.7, embeddings_reference)
 
@@ -229,9 +281,11 @@ def test_embeddings_with_a_projection_train_it(narrow, batch):
         AttentionTransferObjective(PAIRS, HEADS, "mse"),
         AttentionTransferObjective(PAIRS, HEADS, "kl"),
         HiddenObjective(PAIRS, 16),
+        HiddenObjective(PAIRS, 16, None, True, 1.0, "first", "mean"),
+        FeatureMapsObjective(PAIRS, 16),
         EmbeddingsObjective(16),
     ],
-    ids=["relations", "mse", "kl", "hidden", "embeddings"],
+    ids=["relations", "mse", "kl", "hidden", "first", "feature_maps", "embeddings"],
 )
 def test_micro_batches_of_unequal_counts_add_up_to_the_whole(models, batch, objective):
     student, teacher = models
@@ -265,6 +319,8 @@ def test_a_student_that_is_its_teacher_has_no_distance(models, batch):
         AttentionTransferObjective(same, HEADS, "kl"),
         HiddenObjective(same, 16),
         HiddenObjective(same, 16, normalize=True),
+        HiddenObjective(same, 16, tokens="first"),
+        FeatureMapsObjective(same, 16),
         EmbeddingsObjective(16),
     ):
         for total in run(objective, teacher, teacher, batch).sums.values():
@@ -273,14 +329,18 @@ def test_a_student_that_is_its_teacher_has_no_distance(models, batch):
 
 def test_under_autocast_the_terms_stay_close(models, batch):
     student, teacher = models
-    inputs = batch.input_ids, batch.attention_mask
-    for objective in (RelationsObjective(1, 3, 4), AttentionTransferObjective(PAIRS, HEADS, "mse")):
+    for objective in (
+        RelationsObjective(1, 3, 4),
+        AttentionTransferObjective(PAIRS, HEADS, "mse"),
+        FeatureMapsObjective(PAIRS, 16),
+    ):
         exact = run(objective, student, teacher, batch)
+        theirs = tap_teacher(teacher, batch.inputs, torch.bfloat16, objective.teacher_taps)
         with torch.autocast("cpu", torch.bfloat16):
-            ours = tap(student, *inputs, objective.student_taps)
-        theirs = tap_teacher(teacher, *inputs, torch.bfloat16, objective.teacher_taps)
-        assert ours.attention[1].query.dtype == theirs.attention[3].key.dtype == torch.bfloat16
-        result = objective.loss(ours, theirs, batch, objective.counts(batch))
+            ours = tap(student, batch.inputs, objective.student_taps)
+            result = objective.loss(ours, theirs, batch, objective.counts(batch))
+        if ours.attention:
+            assert ours.attention[1].query.dtype == theirs.attention[3].key.dtype == torch.bfloat16
         result.loss.backward()
         torch.testing.assert_close(result.loss, exact.loss, rtol=0.05, atol=0)
         assert student.get_input_embeddings().weight.grad.dtype == torch.float32
@@ -302,6 +362,47 @@ def test_relation_heads_that_do_not_divide_a_width_are_named(models, batch):
 def test_relations_without_a_weight_are_refused():
     with pytest.raises(UserError, match="query_weight, key_weight or value_weight above 0"):
         RelationsObjective(1, 3, 4, 0, 0, 0)
+
+
+def test_feature_maps_without_a_weight_are_refused():
+    with pytest.raises(UserError, match="feature_weight, mean_weight or variance_weight above 0"):
+        FeatureMapsObjective(PAIRS, 16, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        HiddenObjective(PAIRS, 16),
+        HiddenObjective(PAIRS, 16, tokens="first"),
+        FeatureMapsObjective(PAIRS, 16),
+        EmbeddingsObjective(16),
+    ],
+    ids=["hidden", "first", "feature_maps", "embeddings"],
+)
+def test_states_of_padding_count_neither_in_value_nor_in_gradient(models, batch, objective):
+    """Whatever the student's states of padding are: here they are 1,000 more than they were."""
+    student, teacher = models
+    ours = tap(student, batch.inputs, objective.student_taps)
+    theirs = tap_teacher(teacher, batch.inputs, wanted=objective.teacher_taps)
+    padding = ~batch.attention_mask[..., None]
+
+    def moved(hidden: Tensor, by: float) -> Tensor:
+        return (hidden.detach() + by * padding).requires_grad_()
+
+    def loss(by: float):
+        states = {layer: moved(hidden, by) for layer, hidden in ours.hidden.items()}
+        embeddings = None if ours.embeddings is None else moved(ours.embeddings, by)
+        changed = replace(ours, hidden=states, embeddings=embeddings)
+        total = objective.loss(changed, theirs, batch, objective.counts(batch)).loss
+        total.backward()
+        return total, [*states.values(), *([] if embeddings is None else [embeddings])]
+
+    plain, _ = loss(0.0)
+    total, leaves = loss(1000.0)
+    assert total == plain
+    for leaf in leaves:
+        assert (leaf.grad[~batch.attention_mask] == 0).all()
+        assert (leaf.grad[:, 0] != 0).any()
 
 
 def test_layers_that_see_a_window_are_refused(batch):

@@ -52,7 +52,7 @@ def batch() -> MaskedBatch:
 
 
 def part(batch: MaskedBatch, rows: slice) -> MaskedBatch:
-    return MaskedBatch(**{name: value[rows] for name, value in vars(batch).items()})
+    return MaskedBatch(**{name: value[rows] for name, value in vars(batch).items() if value is not None})
 
 
 def reference(student, teacher, batch: MaskedBatch, positions: str) -> dict[str, torch.Tensor]:
@@ -75,8 +75,8 @@ def reference(student, teacher, batch: MaskedBatch, positions: str) -> dict[str,
 
 
 def run(objective, student, teacher, batch, counts=None):
-    taps = tap(student, batch.input_ids, batch.attention_mask)
-    taught = tap_teacher(teacher, batch.input_ids, batch.attention_mask) if objective.needs_teacher else None
+    taps = tap(student, batch.inputs)
+    taught = tap_teacher(teacher, batch.inputs) if objective.needs_teacher else None
     return objective.loss(taps, taught, batch, counts or objective.counts(batch))
 
 
@@ -213,8 +213,8 @@ def test_under_autocast_the_products_run_in_bfloat16_and_stay_close(models, batc
     objective = VocabularyObjective(kd_weight=KD, ce_weight=CE)
     exact = run(objective, student, teacher, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        taps = tap(student, batch.input_ids, batch.attention_mask)
-    taught = tap_teacher(teacher, batch.input_ids, batch.attention_mask, torch.bfloat16)
+        taps = tap(student, batch.inputs)
+    taught = tap_teacher(teacher, batch.inputs, torch.bfloat16)
     assert taps.vocabulary_operands()[0].dtype == torch.bfloat16
     assert taught.vocabulary_operands()[0].dtype == torch.bfloat16
     result = objective.loss(taps, taught, batch, objective.counts(batch))
@@ -226,16 +226,16 @@ def test_under_autocast_the_products_run_in_bfloat16_and_stay_close(models, batc
 def test_a_teacher_in_training_mode_is_refused(models, batch):
     _, teacher = models
     with pytest.raises(ValueError, match="eval mode"):
-        tap_teacher(teacher.train(), batch.input_ids, batch.attention_mask)
+        tap_teacher(teacher.train(), batch.inputs)
 
 
 def test_cosine_of_different_widths_is_refused(models, batch):
     student, teacher = models
-    taps = tap(student, batch.input_ids, batch.attention_mask)
+    taps = tap(student, batch.inputs)
     narrow = Taps(taps.last_hidden[..., :8], taps.model)
     objective = CosineObjective()
     with pytest.raises(UserError, match="student's are 8 wide and the teacher's 16"):
-        objective.loss(narrow, tap_teacher(teacher, batch.input_ids, batch.attention_mask), batch, {})
+        objective.loss(narrow, tap_teacher(teacher, batch.inputs), batch, {})
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,13 @@ RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 HEAVY = (
     "accelerate",
     "datasets",
+    "nltk",
+    "pyarrow",
     "pydantic",
     "rich",
+    "textblob",
     "tokenizers",
+    "torchmetrics",
     "transformers",
     "triton",
     "typer",

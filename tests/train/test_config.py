@@ -46,9 +46,9 @@ def test_a_wrong_key_or_value_is_named(overrides, message):
         (["objectives.0.num_heads=0"], "objectives.0.num_heads: input should be greater than or equal to 1"),
         (["objectives=[{name: relations}, {name: relations}]"], "objectives: relations is given twice"),
         (
-            ["objectives=[{name: hidden, layers: top}]"],
-            "objectives.0.layers: must be one of uniform, skip, last, first or a list of "
-            "[student layer, teacher layer], got 'top'",
+            ["objectives=[{name: hidden, layers: middle}]"],
+            "objectives.0.layers: must be one of uniform, skip, last, first, top or a list of "
+            "[student layer, teacher layer], got 'middle'",
         ),
         (["objectives=[{name: hidden, layers: [[1, 2, 3]]}]"], "objectives.0.layers: must be one of uniform"),
         (["objectives=[{name: hidden, layers: [a, b]}]"], "objectives.0.layers: must be one of uniform"),
@@ -140,3 +140,200 @@ def test_a_recipe_may_be_a_file(tmp_path: Path):
     file.write_text(yaml.safe_dump(plain))
     config = load_config(str(file), teacher="t", corpus="c")
     assert (config.recipe, config.run.steps, str(config.output)) == ("mine", 2, "runs/mine")
+
+
+def staged(*overrides: str, task: str = "sst2", **keywords):
+    return load_config("tinybert-task", overrides, teacher="t", task=task, **keywords)
+
+
+def test_a_stage_takes_over_what_it_does_not_say():
+    """Sections are merged key by key; a list of objectives is a stage's own."""
+    config = staged("optimizer.lr=7e-4", "optimizer.eps=1e-5", "run.log_every=3", "run.batch_size=9")
+    first, second = config.stages
+    assert (first.name, second.name) == ("intermediate", "prediction")
+    assert (first.optimizer.lr, second.optimizer.lr) == (7e-4, 3e-5)
+    assert (first.optimizer.eps, second.optimizer.eps) == (1e-5, 1e-5)
+    assert (first.run.epochs, second.run.epochs) == (10, 3)
+    assert (first.run.log_every, second.run.log_every, second.run.batch_size) == (3, 3, 9)
+    assert first.augment == second.augment == config.augment
+    assert (first.schedule.name, second.schedule.name) == ("constant", "linear")
+    assert [o.name for o in second.objectives] == ["prediction"]
+
+
+def test_an_override_reaches_into_a_stage():
+    first, second = staged(
+        "stages.0.run.steps=5", "stages.1.optimizer.lr=1e-5", "stages.0.objectives.1.weight=4"
+    ).stages
+    assert (first.run.steps, first.run.epochs) == (5, None)
+    assert (second.run.steps, second.run.epochs) == (None, 3)
+    assert (first.optimizer.lr, second.optimizer.lr) == (5e-5, 1e-5)
+    assert [o.name for o in first.objectives] == ["attention_transfer", "hidden", "embeddings"]
+    assert first.objectives[1].weight == 4
+
+
+def test_steps_at_the_top_give_way_to_the_epochs_of_a_stage():
+    first, second = load_config("mobilebert", ["run.epochs=2"], teacher="t", corpus="c").stages
+    assert (first.run.steps, first.run.epochs) == (10_000, None)
+    assert (second.run.steps, second.run.epochs) == (None, 2)
+
+
+def test_a_stage_may_leave_out_what_the_top_has():
+    first, second = staged("stages.1.augment=null").stages
+    assert first.augment.copies == 20
+    assert second.augment is None
+
+
+def test_a_configuration_of_stages_reads_back(tmp_path: Path):
+    config = staged("stages.0.run.steps=5", "stages.1.augment=null", "masking.probability=0.2",
+                    "stages.0.masking=null", f"stages.0.data.cache_dir={tmp_path}")  # fmt: skip
+    assert config.stages[0].masking is None
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert read_config(file) == config
+    other = staged("stages.0.run.steps=6", "stages.1.augment=null", "masking.probability=0.2",
+                   "stages.0.masking=null")  # fmt: skip
+    assert first_difference(config, other) == "stages.0.run.steps was 5, is 6"
+    # Neither the cache's place nor leave to learn from a weak teacher makes another run.
+    same = staged("stages.0.run.steps=5", "stages.1.augment=null", "masking.probability=0.2",
+                  "stages.0.masking=null", "allow_weak_teacher=true")  # fmt: skip
+    assert first_difference(config, same) is None
+    assert config.fingerprint() == same.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.0.run.stps=3"], "unknown key stages.0.run.stps: did you mean stages.0.run.steps?"),
+        (
+            ["stages.1.optimizer.learning_rate=3"],
+            "unknown key stages.1.optimizer.learning_rate: known: name, lr, betas",
+        ),
+        (["stages.0.layer_wise=true"], "unknown key stages.0.layer_wise: did you mean stages.0.layerwise?"),
+        (["stages.1.objectives.0.temp=3"], "did you mean stages.1.objectives.0.temperature?"),
+        (
+            ["stages.0.augment.copy=3"],
+            "unknown key stages.0.augment.copy: did you mean stages.0.augment.copies?",
+        ),
+        (["task.max_len=3"], "unknown key task.max_len: did you mean task.max_length?"),
+        (["stages.2.run.steps=3"], "stages.2.run.steps: expected an index from 0 to 1, got '2'"),
+        (["stages.1.run.steps=0"], "stages.1.run.steps: input should be greater than or equal to 1, got 0"),
+        (["stages.0.reads=texts"], "stages.0.reads: input should be 'text' or 'task', got 'texts'"),
+        (["stages.0.name=A b"], "stages.0.name: string should match pattern"),
+        (["stages.0.name=prediction"], "stages: prediction is given twice"),
+        (["stages.0.name=baseline"], "stages.0.name: baseline is another folder of the run"),
+        (["stages.0.name=student"], "stages.0.name: student is another folder of the run"),
+        (["stages.0.objectives=[]"], "stages.0.objectives: list should have at least 1 item"),
+        (
+            ["stages.0.objectives=[{name: vocabulary}]"],
+            "stages.0.objectives.0: vocabulary reads masked text, but this stage reads a task",
+        ),
+        (
+            ["stages.0.objectives.1.name=attention_transfer", "stages.0.objectives.1.projection=null"],
+            "unknown key stages.0.objectives.1.projection",
+        ),
+        (["stages.1.run.precision=bf16"], "stages.1.run.precision: it is the same for all stages"),
+        (["stages.1.layerwise=true"], "stages.1.layerwise: none of its objectives compares layers"),
+        (["stages.0.layerwise=true"], "stages.0.run.steps: a layerwise stage needs it, for each layer"),
+        (["student.teacher_layers=[0]", "student.num_layers=2"], "student.teacher_layers names 1 layers"),
+        (["run.head_warmup_steps=1"], "run.head_warmup_steps is for a masked language model"),
+    ],
+)
+def test_what_is_wrong_with_a_stage_is_named(overrides, message):
+    with pytest.raises(UserError) as error:
+        staged(*overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+TEXT = "stages.1={name: general, reads: text, data: {corpus: c}, objectives: [{name: hidden}]}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([TEXT, "augment=null"], "task: the last stage of the recipe reads text; leave the task out"),
+        (
+            [TEXT.replace("stages.1", "stages.0")],
+            "stages.0.augment: makes examples of a task, but this stage reads text",
+        ),
+        (
+            [TEXT.replace("stages.1", "stages.0").replace("hidden", "prediction"), "augment=null"],
+            "stages.0.objectives.0: prediction compares a task's logits; text has none",
+        ),
+        (
+            [TEXT.replace("stages.1", "stages.0").replace("data: {corpus: c}, ", ""), "augment=null"],
+            "recipe tinybert-task needs a corpus: --corpus ID_OR_PATH",
+        ),
+    ],
+)
+def test_a_stage_on_text_of_a_run_on_a_task_is_checked(overrides, message):
+    with pytest.raises(UserError) as error:
+        staged(*overrides)
+    assert message in str(error.value)
+
+
+def test_text_without_a_teacher_has_one_stage():
+    stage = "{name: %s, reads: text, objectives: [{name: vocabulary, kd_weight: 0, ce_weight: 1}]}"
+    keys = [f"stages=[{stage % 'short'}, {stage % 'long'}]", "run.head_warmup_steps=0"]
+    with pytest.raises(UserError, match="stages: without a teacher, text is read in one"):
+        load_config("mlm", keys, teacher="t", corpus="c")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keywords", "message"),
+    [
+        ("kd", {"teacher": "t"}, "recipe kd needs a task: --task NAME (sst2, mrpc, ...)"),
+        ("kd", {"task": "sst2"}, "recipe kd needs a teacher: --teacher ID_OR_DIR"),
+        ("finetune", {"task": "sst2"}, "recipe finetune needs a model to train: --teacher ID_OR_DIR"),
+        ("kd", {"teacher": "t", "task": "sst3"}, "unknown task 'sst3'; did you mean 'sst2'?"),
+        ("distilbert", {"teacher": "t", "corpus": "c", "task": "sst2"}, "recipe distilbert reads text"),
+        ("tinybert-task:topp", {"teacher": "t", "task": "sst2"}, "has the variants no-augmentation, no-att"),
+        ("finetune:large", {"teacher": "t", "task": "sst2"}, "recipe finetune has no variants, not 'large'"),
+    ],
+)
+def test_what_a_recipe_for_a_task_lacks_is_named(recipe, keywords, message):
+    with pytest.raises(UserError) as error:
+        load_config(recipe, **keywords)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_a_recipe_says_of_a_task_goes_before_the_variant_and_that_before_the_overrides(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    plain = {
+        "objectives": [{"name": "prediction", "kd_weight": 0, "task_weight": 1}],
+        "run": {"steps": 1},
+        "tasks": {"mrpc": {"run.epochs": 2, "optimizer.lr": 2e-3, "optimizer.eps": 2e-3}},
+        "variants": {"other": {"optimizer.lr": 3e-3, "optimizer.eps": 3e-3}},
+    }
+    file.write_text(yaml.safe_dump(plain))
+
+    def load(which: str, *overrides: str, task: str):
+        return load_config(f"{file}{which}", overrides, teacher="t", task=task)
+
+    assert load("", task="sst2").run.steps == 1
+    assert load("", task="mrpc").run.epochs == 2
+    assert load("", task="mrpc").run.steps is None
+    config = load(":other", "optimizer.eps=4e-3", task="mrpc")
+    assert (config.optimizer.lr, config.optimizer.eps) == (3e-3, 4e-3)
+    assert (config.recipe, str(config.output)) == ("mine:other", "runs/mine-other-mrpc")
+
+
+@pytest.mark.parametrize("spelling", ["stsb", "STS-B", "sts-b"])
+def test_a_task_has_its_settings_however_it_is_spelt(spelling):
+    config = staged(task=spelling)
+    assert (config.task.name, config.stages[0].run.epochs) == ("stsb", 20)
+    assert str(config.output) == "runs/tinybert-task-stsb"
+
+
+def test_task_and_data_are_the_names_of_a_task_and_its_folder():
+    config = load_config("kd", ["task.max_length=64"], teacher="t", task="rte", data="d")
+    assert (config.task.name, config.task.data, config.task.max_length) == ("rte", "d", 64)
+    assert (config.teacher, config.student.from_model) == ("t", None)
+    assert config.uses_teacher
+    assert not config.uses_vocabulary
+
+
+def test_a_task_student_may_start_from_another_model_than_its_teacher():
+    config = load_config("kd", ["student.from_model=e"], teacher="t", task="rte")
+    assert (config.teacher, config.student.from_model) == ("t", "e")

@@ -86,3 +86,40 @@ def test_two_processes_train_objectives_of_layers_and_their_projection_as_one_do
     _assert_same_weights(one.output, two, "student/model.safetensors")
     _assert_same_weights(one.output, two, "checkpoints/student/checkpoint-3/projections.safetensors")
     _assert_same_records(one.output, two, ("loss", "value_relation", "hidden", "held_out_hidden"))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_a_task_as_one_does(on_task, tasks, task_keys, tmp_path):
+    """An epoch has 6 batches; the fourth of this seed is the one of the 5 examples that are left over.
+
+    One process reads a batch at once, two read its halves in micro-batches of at most 48 tokens: the terms'
+    counts differ between processes and between micro-batches.
+    """
+    exact = ["student.dropout=0", "optimizer.eps=0.01", "run.steps=6", "optimizer.lr=1e-3"]
+    one = on_task("pkd", *exact, "task.max_tokens=1000", output=tmp_path / "one")
+    run(one)
+
+    two = tmp_path / "two"
+    sizes = ["student.num_layers=2", "student.teacher_layers=null", "task.max_tokens=48"]
+    files = ["--output", str(two), "--teacher", one.teacher, "--task", "sst2", "--data", str(tasks)]
+    _in_two_processes(["pkd", *files], [*task_keys, *sizes, *exact])
+
+    for name in ("student", "baseline"):
+        _assert_same_weights(one.output, two, f"{name}/model.safetensors")
+    terms = ("loss", "kd", "task", "hidden", "held_out_accuracy")
+    _assert_same_records(one.output, two, terms)
+
+
+@pytest.mark.slow
+def test_a_batch_of_one_example_is_the_same_step_for_two_processes(on_task, tasks, task_keys, tmp_path):
+    """Both then read the one that there is; its logits are the teacher's, asked once by the first process."""
+    exact = ["student.dropout=0", "optimizer.eps=0.01", "run.steps=2", "optimizer.lr=1e-3", "baseline=false"]
+    only = ["task.max_examples=9"]
+    one = on_task("kd", *exact, *only, output=tmp_path / "one")
+    run(one)
+
+    two = tmp_path / "two"
+    sizes = ["student.num_layers=2", "student.teacher_layers=null"]
+    files = ["--output", str(two), "--teacher", one.teacher, "--task", "sst2", "--data", str(tasks)]
+    _in_two_processes(["kd", *files], [*task_keys, *sizes, *exact, *only])
+    _assert_same_weights(one.output, two, "student/model.safetensors")

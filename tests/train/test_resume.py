@@ -1,11 +1,10 @@
 """Kill -9 at any moment, resume, and nothing of the result differs from a run that was never touched."""
 
 import json
-import multiprocessing
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +14,6 @@ from fastdistil.cli import main
 from fastdistil.train.logging import read_metrics
 
 PHASES = ("teacher", "student", "baseline")
-
-
-@pytest.fixture(scope="module")
-def launch() -> Iterator[Any]:
-    """Start the command in a process of its own; the imports are paid once, in the server that forks it."""
-    context = multiprocessing.get_context("forkserver")
-    models = [f"transformers.models.{name}.modeling_{name}" for name in ("bert", "modernbert")]
-    context.set_forkserver_preload(["torch._dynamo", *models, "fastdistil.train.run", "fastdistil.cli"])
-
-    def start(arguments: list[str]) -> Any:
-        process = context.Process(target=main, args=(arguments,))
-        process.start()
-        return process
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")  # see one_thread in conftest.py
-        yield start
 
 
 @pytest.fixture(scope="module")

@@ -87,9 +87,9 @@ def test_the_text_is_read_unmasked_where_masking_is_null(relate, monkeypatch):
     seen = []
     original = fastdistil.train.loop.tap_teacher
 
-    def spy(model, input_ids, *arguments, **keywords):
-        seen.append(input_ids)
-        return original(model, input_ids, *arguments, **keywords)
+    def spy(model, inputs, *arguments, **keywords):
+        seen.append(inputs["input_ids"])
+        return original(model, inputs, *arguments, **keywords)
 
     monkeypatch.setattr(fastdistil.train.loop, "tap_teacher", spy)
     config = relate("run.steps=2")
@@ -161,7 +161,7 @@ def test_learned_projections_are_counted_in_the_scores_and_not_saved_with_the_st
 def test_objectives_that_do_not_fit_the_models_are_named_before_the_text_is_read(
     relate, keys, message, monkeypatch
 ):
-    monkeypatch.setattr(fastdistil.train.run, "prepare_data", None)
+    monkeypatch.setattr(fastdistil.train.text_run, "prepare_data", None)
     with pytest.raises(UserError, match=message) as caught:
         run(relate(*keys))
     assert "\n" not in str(caught.value)
@@ -233,7 +233,7 @@ def test_a_full_disk_outside_a_checkpoint_is_one_line(distil, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device", "results.json")
 
-    monkeypatch.setattr(fastdistil.train.run, "write_results", full)
+    monkeypatch.setattr(fastdistil.train.report, "write_results", full)
     config = distil("run.steps=1")
     with pytest.raises(
         RunError, match=r"No space left on device \(results.json\); what was saved in .* is kept"

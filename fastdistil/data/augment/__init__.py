@@ -1,0 +1,1 @@
+"""Task texts made into more task texts, unlabelled, for a teacher to answer."""

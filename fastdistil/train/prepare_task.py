@@ -1,0 +1,143 @@
+"""From a configuration to the examples of its task: for training, augmented, and held out."""
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+
+from fastdistil.data.batches import BatchSource
+from fastdistil.data.noise import permutation
+from fastdistil.data.task_batches import TaskBatches
+from fastdistil.data.task_encoding import EncodedTask, encode
+from fastdistil.data.tasks import Examples, Task, read_examples
+from fastdistil.data.token_store import default_cache_dir
+from fastdistil.evaluate import predict_logits
+from fastdistil.models.taps import frozen_copy
+from fastdistil.train.augment import augmented, model_fingerprint
+from fastdistil.train.config import RunConfig
+from fastdistil.train.logging import RunLog
+from fastdistil.train.phases import autocast_dtype
+from fastdistil.train.sections import AugmentConfig, LoopConfig
+
+
+@dataclass(frozen=True)
+class TaskExamples:
+    """The examples that a phase trains on."""
+
+    data: EncodedTask
+    max_tokens: int  # of a forward pass
+
+    def steps_per_epoch(self, loop: LoopConfig) -> int:
+        return math.ceil(len(self.data) / loop.batch_size)
+
+    def steps(self, loop: LoopConfig) -> int:
+        """Whole epochs end with their smaller last batch."""
+        if loop.steps is not None:
+            return loop.steps
+        assert loop.epochs is not None
+        return math.ceil(loop.epochs * self.steps_per_epoch(loop))
+
+    def batches(self, loop: LoopConfig, seed: int, accelerator: Accelerator) -> BatchSource:
+        return TaskBatches(
+            self.data,
+            batch_size=loop.batch_size,
+            max_tokens=self.max_tokens,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            seed=seed,
+            device=accelerator.device,
+        )
+
+    def answered_by(
+        self, teacher: Any, source: str, loop: LoopConfig, cache_dir: Path | None, log: RunLog
+    ) -> "TaskExamples":
+        """The examples with the teacher's logits, which are computed once and kept in the cache.
+
+        `source` is the folder or hub id of the teacher.
+        """
+        dtype = autocast_dtype(loop.teacher_precision)
+        identity = json.dumps([model_fingerprint(source), str(dtype), self.data.sha256])
+        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
+        file = (cache_dir or default_cache_dir()) / "teacher-logits" / f"{name}.npy"
+        if not file.exists():
+            log.say(f"asking the teacher about {len(self.data):,} examples, once for all epochs")
+            logits = predict_logits(frozen_copy(teacher, dtype), self.data, dtype=dtype)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f".writing-{os.getpid()}-{file.name}")
+            np.save(partial, logits)
+            os.rename(partial, file)
+        return replace(self, data=replace(self.data, teacher_logits=np.load(file)))
+
+
+class TaskData:
+    """The task's files, read once a run.
+
+    Raises `UserError` for what is wrong with them.
+    """
+
+    def __init__(
+        self, config: RunConfig, task: Task, tokenizer: Any, accelerator: Accelerator, log: RunLog
+    ) -> None:
+        assert config.task is not None
+        self._config, self._task, self._tokenizer = config, task, tokenizer
+        self._accelerator, self._log = accelerator, log
+        self._section = config.task
+        train, validation = task.splits[:2]
+        self._examples = read_examples(task, self._section.data, train)
+        limit = min(len(self._examples), self._section.max_examples or len(self._examples))
+        if self._section.validation_fraction is None:
+            self._examples = self._examples.select(range(limit))
+            held_out = read_examples(task, self._section.data, validation)
+            self._split = held_out.split  # another one where the folder lacks it
+        else:
+            # The same examples for every seed of the run.
+            order = permutation(limit, 0, 0).numpy()
+            count = max(1, round(self._section.validation_fraction * limit))
+            held_out = self._examples.select(order[:count])
+            self._examples = self._examples.select(order[count:])
+            self._split = "held-out training"
+        self.held_out = self._encode(held_out, self._split)
+        self._training: dict[str, TaskExamples] = {}
+
+    def training(self, augment: AugmentConfig | None) -> TaskExamples:
+        """The training examples and, with `augment`, the copies made of them."""
+        key = "" if augment is None else augment.model_dump_json()
+        if key not in self._training:
+            examples, what = self._examples, "train"
+            if augment is not None:
+                with self._accelerator.main_process_first():
+                    examples = augmented(
+                        examples,
+                        self._task,
+                        augment,
+                        self._tokenizer,
+                        source=str(self._config.teacher or self._config.student.from_model),
+                        max_length=self._section.max_length,
+                        cache_dir=self._config.data.cache_dir,
+                        device=self._accelerator.device,
+                        log=self._log,
+                    )
+                what = f"train with {augment.method} augmentation"
+            self._training[key] = TaskExamples(self._encode(examples, what), self._section.max_tokens)
+        return self._training[key]
+
+    def describe(self) -> str:
+        """What is held out, and how its scores are to be read."""
+        return f"Scores on the {len(self.held_out):,} {self._split} examples of {self._task.name}."
+
+    def _encode(self, examples: Examples, what: str) -> EncodedTask:
+        data = encode(self._task, examples, self._tokenizer, self._section.max_length)
+        tokens = len(data.input_ids)
+        notes = f", {data.truncated:,} truncated to {data.max_length} tokens" if data.truncated else ""
+        if examples.left_out:
+            notes += f", {examples.left_out:,} incomplete rows left out"
+        self._log.say(
+            f"{self._task.name}, {what}: {len(data):,} examples, {tokens / 1e6:,.2f} M tokens{notes}"
+        )
+        return data

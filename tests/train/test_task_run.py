@@ -1,0 +1,529 @@
+"""Whole runs on a task: what is learned, what the table says, and what is said when something is amiss."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy import stats
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+import fastdistil.train.loop
+import fastdistil.train.prepare_task
+import fastdistil.train.task_run
+from fastdistil.cli import main
+from fastdistil.errors import UserError
+from fastdistil.train.config import load_config
+from fastdistil.train.logging import METRICS, read_metrics
+from fastdistil.train.run import run
+
+# A model that is taken as it is.
+UNCUT = ("student.num_layers=null", "student.architecture=null")
+
+
+def rows_of(tasks: Path, task: str, split: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tasks / task / f"{split}.jsonl").read_text().splitlines()]
+
+
+def texts_of(row: dict[str, Any]) -> list[str]:
+    return [value for value in row.values() if isinstance(value, str)]
+
+
+def plain_scores(folder: Path, task: str, rows: list[dict[str, Any]]) -> dict[str, float]:
+    """By `transformers`, one example after the other, and textbook formulas."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    logits = []
+    for row in rows:
+        inputs = tokenizer(*texts_of(row), truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            logits.append(model(**inputs).logits[0])
+    answers = torch.stack(logits)
+    if task == "stsb":
+        targets = [row["score"] for row in rows]
+        pearson, spearman = (f(answers[:, 0].tolist(), targets) for f in (stats.pearsonr, stats.spearmanr))
+        return {"pearson": pearson.statistic, "spearman": spearman.statistic}
+    pairs = list(zip(answers.argmax(1).tolist(), [row["label"] for row in rows], strict=True))
+    accuracy = sum(a == b for a, b in pairs) / len(pairs)
+    if task == "sst2":
+        return {"accuracy": accuracy}
+    f1 = 2 * pairs.count((1, 1)) / (2 * pairs.count((1, 1)) + pairs.count((1, 0)) + pairs.count((0, 1)))
+    return {"accuracy": accuracy, "f1": f1}
+
+
+@pytest.mark.parametrize("task", ["sst2", "mrpc", "stsb"])
+def test_a_finetuned_model_is_a_transformers_folder_with_the_scores_of_the_table(finetuned, tasks, task):
+    folder = finetuned(task)
+    plain = json.loads((folder.parent / "results.json").read_text())
+    (model,) = plain["models"]
+    assert (model["name"], model["layers"], model["train_steps"]) == ("model", 4, 90)
+    assert plain["held_out"] == f"Scores on the 40 validation examples of {task}."
+    assert model["retained"] is None
+    expected = plain_scores(folder, task, rows_of(tasks, task, "validation"))
+    assert model["scores"] == pytest.approx(expected, abs=1e-5)
+    assert min(expected.values()) > 0.8
+    config = AutoModelForSequenceClassification.from_pretrained(folder).config
+    names = {"sst2": ["negative", "positive"], "mrpc": ["not_equivalent", "equivalent"], "stsb": ["score"]}
+    assert list(config.id2label.values()) == names[task]
+    card = (folder / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "AutoModelForSequenceClassification.from_pretrained" in card
+
+
+def test_a_distilled_student_is_in_the_table_beside_teacher_and_baseline(on_task, tasks):
+    config = on_task("kd", task="mrpc")
+    result = run(config)
+    assert [m.name for m in result.models] == ["teacher", "student", "baseline"]
+    teacher, student, baseline = result.models
+    rows = rows_of(tasks, "mrpc", "validation")
+    means = []
+    for m, folder in zip(result.models, (Path(config.teacher), result.output / "student",
+                                         result.output / "baseline"), strict=True):  # fmt: skip
+        assert m.scores == pytest.approx(plain_scores(folder, "mrpc", rows), abs=1e-6)
+        means.append((m.scores["accuracy"] + m.scores["f1"]) / 2)
+        assert m.retained == pytest.approx(means[-1] / means[0])
+    assert (student.layers, teacher.layers, teacher.train_steps) == (2, 4, None)
+    assert student.parameters == baseline.parameters < teacher.parameters
+    text = (result.output / "results.md").read_text()
+    assert text.startswith("# kd on mrpc\n")
+    for m in result.models:
+        cells = f"{m.scores['accuracy']:.2%} | {m.scores['f1']:.2%} | {m.retained:.1%}"
+        assert f"| {m.name} | {m.layers} × 32 | {m.parameters / 1e6:.2f} M | {cells} |" in text
+    # Held-out scores of the last step are those of the table.
+    curve = [r for r in read_metrics(result.output / METRICS) if "held_out_f1" in r]
+    assert [(r["phase"], r["step"]) for r in curve] == [
+        ("student", 0), ("student", 6), ("baseline", 0), ("baseline", 6)
+    ]  # fmt: skip
+    assert curve[1]["held_out_f1"] == pytest.approx(student.scores["f1"])
+
+
+def test_student_and_baseline_start_from_the_same_weights_and_read_the_same_batches(on_task, phases):
+    """With a fresh head, too, which both must draw alike."""
+    config = on_task("kd", "student.init=random")
+    run(config)
+    student, baseline = phases["student"], phases["baseline"]
+    assert student["phase"].seed == baseline["phase"].seed
+    assert student["weights"].keys() == baseline["weights"].keys()
+    for name, value in student["weights"].items():
+        assert torch.equal(value, baseline["weights"][name]), name
+    assert len(student["batches"]) == len(baseline["batches"]) == 6
+    for ours, theirs in zip(student["batches"], baseline["batches"], strict=True):
+        assert torch.equal(ours.input_ids, theirs.input_ids)
+        assert torch.equal(ours.labels, theirs.labels)
+    ours, theirs = (load_file(config.output / name / "model.safetensors") for name in ("student", "baseline"))
+    assert not torch.equal(ours["classifier.weight"], theirs["classifier.weight"])
+
+
+def test_the_first_step_of_pkd_is_the_loss_of_the_paper(on_task, phases):
+    """(1 - α) CE + α T² KL + β times the squared distance of the normalised [CLS] states, by `transformers`.
+
+    The student's layer 1 learns from the teacher's layer 2; its last layer from the logits alone.
+    """
+    config = on_task("pkd", "student.dropout=0", "run.steps=1", "baseline=false", "objectives.1.weight=7")
+    run(config)
+    (batch,) = phases["student"]["batches"]
+    models = [BertForSequenceClassification.from_pretrained(config.teacher) for _ in range(2)]
+    models[0].bert.encoder.layer = models[0].bert.encoder.layer[:2]
+    models[0].load_state_dict(phases["student"]["weights"])
+    assert batch.labels.shape == (8,)
+    with torch.no_grad():
+        ours, theirs = (m.eval()(**batch.inputs, output_hidden_states=True) for m in models)
+    kd = 25 * nn.functional.kl_div(
+        (ours.logits / 5).log_softmax(-1), (theirs.logits / 5).softmax(-1), reduction="batchmean"
+    )
+    ce = nn.functional.cross_entropy(ours.logits, batch.labels)
+    states = [
+        nn.functional.normalize(output.hidden_states[layer][:, 0], dim=-1)
+        for output, layer in ((ours, 1), (theirs, 2))
+    ]
+    patient = nn.functional.mse_loss(*states)
+    record = next(r for r in read_metrics(config.output / METRICS) if "loss" in r)
+    assert record["kd"] == pytest.approx(kd.item(), rel=1e-4)
+    assert record["task"] == pytest.approx(ce.item(), rel=1e-4)
+    assert record["hidden"] == pytest.approx(patient.item(), rel=1e-4)
+    assert record["loss"] == pytest.approx((0.5 * ce + 0.5 * kd + 7 * patient).item(), rel=1e-4)
+    assert patient > 0.001
+
+
+def test_a_regression_learns_the_scores_of_its_teacher(on_task, phases):
+    config = on_task("kd", "student.dropout=0", "baseline=false", "run.steps=1", task="stsb")
+    run(config)
+    (batch,) = phases["student"]["batches"]
+    teacher = BertForSequenceClassification.from_pretrained(config.teacher)
+    student = BertForSequenceClassification.from_pretrained(config.teacher)
+    student.bert.encoder.layer = student.bert.encoder.layer[:2]
+    student.load_state_dict(phases["student"]["weights"])
+    with torch.no_grad():
+        ours, theirs = (m.eval()(**batch.inputs).logits[:, 0] for m in (student, teacher))
+    record = next(r for r in read_metrics(config.output / METRICS) if "loss" in r)
+    assert record["kd"] == pytest.approx((ours - theirs).square().mean().item(), rel=1e-4)
+    assert record["task"] == pytest.approx((ours - batch.labels).square().mean().item(), rel=1e-4)
+
+
+def test_a_student_is_cut_from_the_first_layers_of_another_model(on_task, task_encoder, phases):
+    keys = ["student.teacher_layers=[0, 1]", f"student.from_model={task_encoder}", "run.steps=1"]
+    run(on_task("pkd", *keys, "baseline=false"))
+    source, first = load_file(task_encoder / "model.safetensors"), phases["student"]["weights"]
+    copied = [name for name in source if ".layer.2." not in name and ".layer.3." not in name]
+    assert len(copied) == 5 + 2 * 16
+    for name in copied:
+        assert torch.equal(first[f"bert.{name}"], source[name]), name
+    assert not [name for name in first if ".layer.2." in name]
+    # A head that neither the encoder nor the teacher gives.
+    assert first["classifier.weight"].std() < 0.2
+
+
+def test_a_model_that_is_named_without_a_depth_is_the_student_as_it_is(on_task, task_encoder, phases):
+    result = run(on_task("kd", *UNCUT, f"student.from_model={task_encoder}", "run.steps=1"))
+    first = phases["student"]["weights"]
+    for name, value in load_file(task_encoder / "model.safetensors").items():
+        assert torch.equal(first[f"bert.{name}"], value), name
+    assert [m.layers for m in result.models] == [4, 4, 4]
+    assert f"It started from {task_encoder}." in (result.output / "student" / "README.md").read_text()
+
+
+def test_a_trained_head_of_the_student_is_kept(on_task, finetuned, phases):
+    """A second distillation goes on with the first one's classifier."""
+    run(on_task("kd", *UNCUT, f"student.from_model={finetuned('sst2')}", "run.steps=1"))
+    for name, value in load_file(finetuned("sst2") / "model.safetensors").items():
+        assert torch.equal(phases["student"]["weights"][name], value), name
+
+
+def test_an_epoch_reads_every_example_once_with_its_smaller_last_batch(on_task, phases, tasks):
+    config = on_task("finetune", "run.epochs=2", "baseline=false", "task.max_tokens=64", "run.log_every=100")
+    result = run(config)
+    batches = phases["model"]["batches"]
+    assert all(batch.input_ids.numel() <= 64 for batch in batches)
+    assert sum(len(batch.labels) for batch in batches) == 2 * 45
+    (model,) = result.models
+    assert model.train_steps == 2 * math.ceil(45 / 8)
+    tokenizer = AutoTokenizer.from_pretrained(result.output / "model")
+    lengths = [min(24, len(tokenizer(row["sentence"]).input_ids)) for row in rows_of(tasks, "sst2", "train")]
+    assert model.train_tokens == 2 * sum(lengths)
+
+
+def test_micro_batches_give_the_same_update_as_one_batch(on_task, tmp_path):
+    """Of an epoch whose last batch is smaller; the copies of a term's mean have different counts."""
+    outputs = []
+    for tokens in (1000, 48):
+        config = on_task(
+            "pkd",
+            f"task.max_tokens={tokens}",
+            "student.dropout=0",
+            "optimizer.eps=0.01",  # see test_loop.py
+            "baseline=false",
+            output=tmp_path / str(tokens),
+        )
+        run(config)
+        outputs.append(load_file(config.output / "student" / "model.safetensors"))
+    for name, value in outputs[0].items():
+        torch.testing.assert_close(
+            value, outputs[1][name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_baseline_may_have_epochs_of_its_own(on_task):
+    student, baseline = run(on_task("kd", "run.steps=2", "baseline_epochs=0.5")).models[1:]
+    assert (student.train_steps, baseline.train_steps) == (2, 3)
+
+
+def test_the_first_so_many_examples_are_used(on_task, phases, tasks):
+    run(on_task("kd", "task.max_examples=8", "baseline=false", "run.steps=1"))
+    (batch,) = phases["student"]["batches"]
+    assert sorted(batch.labels.tolist()) == sorted(r["label"] for r in rows_of(tasks, "sst2", "train")[:8])
+
+
+@pytest.fixture
+def weak(task_encoder: Path, tmp_path: Path) -> Path:
+    """A teacher with a head that was never trained."""
+    folder = tmp_path / "weak"
+    shutil.copytree(task_encoder, folder)
+    torch.manual_seed(0)
+    BertForSequenceClassification.from_pretrained(task_encoder).save_pretrained(str(folder))
+    return folder
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def command(tasks: Path, task_keys: list[str], tmp_path: Path) -> list[str]:
+    """`fastdistil train kd` of one step, without its teacher."""
+    keys = [*task_keys, "student.num_layers=2", "student.teacher_layers=null", "run.steps=1"]
+    files = ["--data", str(tasks), "--output", str(tmp_path / "run")]
+    return ["train", "kd", "--task", "sst2", *files, *(a for key in keys for a in ("--set", key))]
+
+
+def test_a_teacher_at_chance_stops_the_run_before_anything_is_learned(command, weak, capsys, tmp_path):
+    assert main([*command, "--teacher", str(weak)]) == 2
+    line = said(capsys).splitlines()[-1]
+    assert line.startswith(f"fastdistil: teacher {weak} scores 0.")
+    assert line.endswith(
+        "on sst2, and chance is 0.5000: there is nothing to learn from it; fine-tune it first (fastdistil "
+        f"train finetune --teacher {weak} --task sst2), or add --allow-weak-teacher"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weak_teacher_may_be_allowed(command, weak, capsys, tmp_path):
+    assert main([*command, "--teacher", str(weak), "--allow-weak-teacher"]) == 0
+    assert f"teacher {weak} on sst2: accuracy 0." in said(capsys)
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+    # Leave that was given while it ran is not another run.
+    assert main([*command, "--teacher", str(weak), "--resume"]) == 2
+    assert "there is nothing to learn from it" in said(capsys)
+
+
+def test_a_teacher_without_a_head_is_sent_to_finetune(command, task_encoder, capsys, tmp_path):
+    assert main([*command, "--teacher", str(task_encoder)]) == 2
+    line = said(capsys).splitlines()[-1]
+    assert "no trained head for sst2" in line
+    assert line.endswith(
+        f"fine-tune one first: fastdistil train finetune --teacher {task_encoder} --task sst2"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_teacher_teaches_in_eval_mode_what_it_says_without_dropout(on_task, monkeypatch):
+    taught: list[tuple[Any, torch.Tensor]] = []
+    original = fastdistil.train.loop.tap_teacher
+
+    def spy(model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        taps = original(model, inputs, *arguments, **keywords)
+        taught.append((inputs, taps.logits.clone()))
+        return taps
+
+    monkeypatch.setattr(fastdistil.train.loop, "tap_teacher", spy)
+    config = on_task("kd", "run.steps=2", "baseline=false")
+    before = (Path(config.teacher) / "model.safetensors").read_bytes()
+    run(config)
+    assert len(taught) == 2
+    teacher = AutoModelForSequenceClassification.from_pretrained(config.teacher)
+    assert teacher.config.hidden_dropout_prob == 0.1
+    for inputs, logits in taught:
+        with torch.no_grad():
+            torch.testing.assert_close(logits, teacher.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert (Path(config.teacher) / "model.safetensors").read_bytes() == before
+
+
+def test_a_teacher_whose_logits_suffice_is_asked_once_for_all_epochs_and_runs(
+    on_task, monkeypatch, tmp_path, phases
+):
+    """And the student learns what it does from a teacher that is asked for each batch."""
+    asked = []
+    original = fastdistil.train.prepare_task.predict_logits
+
+    def spy(model: Any, data: Any, **keywords: Any) -> Any:
+        asked.append(len(data))
+        return original(model, data, **keywords)
+
+    monkeypatch.setattr(fastdistil.train.prepare_task, "predict_logits", spy)
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    keys = (cache, "student.dropout=0", "optimizer.eps=0.01", "run.steps=8", "baseline=false")
+    with monkeypatch.context() as patch:
+        patch.setattr(fastdistil.train.loop, "tap_teacher", None)
+        once = run(on_task("kd", *keys, output=tmp_path / "once"))
+        teacher = AutoModelForSequenceClassification.from_pretrained(once.models[0].path).eval()
+        for batch in phases["student"]["batches"]:
+            with torch.no_grad():
+                expected = teacher(**batch.inputs).logits
+            torch.testing.assert_close(batch.teacher_logits, expected, rtol=1e-5, atol=1e-5)
+        assert asked == [45]
+        run(on_task("kd", *keys, "seed=1", output=tmp_path / "again"))
+        assert asked == [45]
+
+    monkeypatch.setattr(fastdistil.train.task_run.TaskRun, "_answers_suffice", lambda *arguments: False)
+    each = run(on_task("kd", *keys, output=tmp_path / "each"))
+    ours, theirs = (load_file(r.output / "student" / "model.safetensors") for r in (once, each))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_answers_of_another_teacher_are_not_taken_for_this_ones(on_task, finetuned, tmp_path, phases):
+    keys = (f"data.cache_dir={tmp_path / 'cache'}", "baseline=false")
+    run(on_task("kd", *keys, output=tmp_path / "one"))
+    first = phases["student"]["batches"][0].teacher_logits
+    other = tmp_path / "other"
+    shutil.copytree(finetuned("sst2"), other)
+    model = AutoModelForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+        model.classifier.bias.mul_(2)
+    model.save_pretrained(str(other))
+    run(on_task("kd", *keys, teacher=other, output=tmp_path / "two"))
+    second = phases["student"]["batches"][0].teacher_logits
+    torch.testing.assert_close(second, 2 * first)
+    # The first teacher again, in the folder of the second one.
+    shutil.rmtree(other)
+    shutil.copytree(finetuned("sst2"), other)
+    run(on_task("kd", *keys, teacher=other, output=tmp_path / "three"))
+    assert torch.equal(phases["student"]["batches"][0].teacher_logits, first)
+
+
+def other_tokenizer(source: Path, folder: Path) -> Path:
+    """The same model with two words exchanged in its vocabulary."""
+    shutil.copytree(source, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vocabulary = tokenizer.get_vocab()
+    a, b = (token for token, i in vocabulary.items() if i in (20, 21))
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    type(tokenizer)(vocab=vocabulary).save_pretrained(str(folder))
+    return folder
+
+
+def test_a_student_with_another_tokenizer_than_its_teachers_is_refused(
+    on_task, task_encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fastdistil.train.task_run, "TaskData", None)  # before the examples are read
+    other = other_tokenizer(task_encoder, tmp_path / "other")
+    with pytest.raises(UserError, match="different tokenizers: token 20 is"):
+        run(on_task("kd", f"student.from_model={other}"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_with_fewer_positions_than_its_student_is_named(on_task, task_encoder, tmp_path):
+    longer = tmp_path / "longer"
+    shutil.copytree(task_encoder, longer)
+    config = BertConfig.from_pretrained(task_encoder, max_position_embeddings=80)
+    BertModel(config, add_pooling_layer=False).save_pretrained(str(longer))
+    config = on_task("kd", f"student.from_model={longer}", "task.max_length=64")
+    with pytest.raises(UserError, match=f"task.max_length is 64, but {config.teacher} has only 40 positions"):
+        run(config)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "keys", "message"),
+    [
+        (
+            "kd",
+            ["student.init=random", "student.hidden_size=30", "student.num_attention_heads=4"],
+            "student.hidden_size 30 is not a multiple of student.num_attention_heads 4",
+        ),
+        (
+            "kd",
+            [
+                "objectives=[{name: prediction}, {name: attention_transfer}]",
+                "student.init=random",
+                "student.num_attention_heads=4",
+            ],
+            "objectives.1: .* student has 4 heads and the teacher 2: set student.num_attention_heads=2",
+        ),
+        (
+            "kd",
+            ["objectives=[{name: prediction}, {name: relations, num_heads: 5}]"],
+            "num_heads must divide the widths .* got 5; these would: 1, 2, 4",
+        ),
+        ("pkd", ["student.num_layers=1"], "objectives.1.layers: 'skip' leaves the student's last layer out"),
+        ("kd", ["student.num_layers=5"], "student.num_layers is 5, but the teacher has only 4 layers"),
+        (
+            "kd",
+            ["student.teacher_layers=[0, 4]"],
+            "student.teacher_layers has 4, but the teacher's layers are",
+        ),
+        ("kd", ["task.max_length=64"], "task.max_length is 64, but .* has only 40 positions"),
+        ("bilstm", ["task.max_length=64"], "task.max_length is 64, but .* has only 40 positions"),
+    ],
+)
+def test_what_does_not_fit_the_models_is_named_before_the_examples_are_read(
+    on_task, recipe, keys, message, monkeypatch, tmp_path
+):
+    config = on_task(recipe, *keys)
+    monkeypatch.setattr(fastdistil.train.task_run, "TaskData", None)
+    with pytest.raises(UserError, match=message) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def broken(tasks: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the tasks' folder, to be spoiled."""
+    folder = tmp_path / "broken"
+    shutil.copytree(tasks, folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda file: file.unlink(), "no file of split 'train'; those there are validation"),
+        (lambda file: file.write_text('{"text": "a", "label": 1}\n'), "no column 'sentence'"),
+        (lambda file: file.write_text('{"sentence": "a", "label": 2}\n'), "row 1"),
+        (lambda file: file.write_text('{"sentence": "", "label": 1}\n'), "row 1"),
+    ],
+    ids=["missing split", "missing column", "label out of range", "empty text"],
+)
+def test_what_is_wrong_with_the_files_is_one_line_and_leaves_the_output_free(
+    on_task, broken, tmp_path, spoil, message
+):
+    spoil(broken / "sst2" / "train.jsonl")
+    config = on_task("finetune")
+    config = config.model_copy(update={"task": config.task.model_copy(update={"data": str(broken)})})
+    with pytest.raises(UserError, match=message) as caught:
+        run(config)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_log_states_the_loss_with_its_temperature_and_means(on_task, capsys):
+    run(on_task("pkd", "run.steps=1", "baseline=false"))
+    assert (
+        "student: loss = 0.5 · T²·KL(teacher‖student) at T=5 [mean over examples] "
+        "+ 0.5 · CE at T=1 of the labels [mean over labelled examples] "
+        "+ 100 · MSE of normalised hidden states [mean over the first tokens and the width, mean over "
+        "layers: skip]; each mean is over the whole batch of an optimiser step"
+    ) in said(capsys)
+
+
+def test_the_log_counts_what_was_truncated(on_task, tasks, capsys):
+    config = on_task("finetune", "task.max_length=10", "run.steps=1", task="mrpc")
+    tokenizer = AutoTokenizer.from_pretrained(config.student.from_model)
+    run(config)
+    printed = said(capsys)
+    for split, count in (("train", 45), ("validation", 40)):
+        lengths = [len(tokenizer(*texts_of(row)).input_ids) for row in rows_of(tasks, "mrpc", split)]
+        cut = sum(length > 10 for length in lengths)
+        assert 0 < cut < count
+        line = next(line for line in printed.splitlines() if line.startswith(f"mrpc, {split}: "))
+        assert line.startswith(f"mrpc, {split}: {count} examples")
+        assert line.endswith(f", {cut} truncated to 10 tokens")
+
+
+def test_the_split_that_is_scored_on_is_named_as_it_is(tasks, task_encoder, task_keys, tmp_path, capsys):
+    """Where a folder has no development set, its test split is what a task is scored on."""
+    folder = tmp_path / "snli"
+    folder.mkdir()
+    for split, there in (("train", "train"), ("test", "validation")):
+        pairs = rows_of(tasks, "mrpc", there)
+        rows = [{"premise": p["sentence1"], "hypothesis": p["sentence2"], "label": p["label"]} for p in pairs]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {"teacher": str(task_encoder), "task": "snli", "data": str(tmp_path), "output": tmp_path / "run"}
+    run(load_config("finetune", [*task_keys, "run.steps=1"], **files))
+    plain = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert plain["held_out"] == "Scores on the 40 test examples of snli."
+    assert "snli, test: 40 examples" in said(capsys)
+
+
+def test_a_recipe_without_distillation_cuts_its_model_first(tasks, task_encoder, task_keys, tmp_path, phases):
+    keys = [*task_keys, "student.num_layers=2", "student.teacher_layers=[0, 1]", "run.steps=1"]
+    files = {"teacher": str(task_encoder), "task": "sst2", "data": str(tasks), "output": tmp_path / "run"}
+    (model,) = run(load_config("finetune", keys, **files)).models
+    assert model.layers == 2
+    source, first = load_file(task_encoder / "model.safetensors"), phases["model"]["weights"]
+    name = "encoder.layer.1.output.dense.weight"
+    assert torch.equal(first[f"bert.{name}"], source[name])
