@@ -129,9 +129,8 @@ def retained_table(rows: dict[str, dict[str, Cell]]) -> str:
             text = spread(cells[task].retained) if task in cells else "–"
             shown.append(text + (f" ({100 * published[task]:.1f})" if task in published else ""))
         means = [statistics.mean(cells[task].retained) for task in tasks if task in cells]
-        mean = f"{statistics.mean(means):.1f}" + (
-            f" ({100 * published['mean']:.0f})" if "mean" in published else ""
-        )
+        mean = f"{statistics.mean(means):.1f}" if len(means) == len(tasks) else "–"
+        mean += f" ({100 * published['mean']:.0f})" if "mean" in published else ""
         lines.append(f"| {name} | " + " | ".join(shown) + f" | {mean} |")
     return "\n".join(lines)
 

@@ -31,15 +31,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.fixture(scope="session")
-def teacher_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 4 layers × 32 with a masked-LM head, random weights, dropout 0.1."""
-    from transformers import BertConfig, BertForMaskedLM
+def tiny_bert(corpus: Path, vocab_size: int, initializer_range: float) -> tuple[Any, Any]:
+    """Configuration of a BERT of 4 layers × 32 with dropout 0.1, and a tokenizer of the corpus."""
+    from transformers import BertConfig
 
     from fastdistil.data.tokenizer import train_wordpiece
 
-    tokenizer = train_wordpiece(corpus.read_text().splitlines(), 120)
-    torch.manual_seed(0)
+    tokenizer = train_wordpiece(corpus.read_text().splitlines(), vocab_size)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -47,8 +45,18 @@ def teacher_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         num_attention_heads=2,
         intermediate_size=48,
         max_position_embeddings=40,
-        initializer_range=0.2,
+        initializer_range=initializer_range,
     )
+    return config, tokenizer
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with a masked-LM head, random weights."""
+    from transformers import BertForMaskedLM
+
+    config, tokenizer = tiny_bert(corpus, 120, 0.2)
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher") / "tiny"
     BertForMaskedLM(config).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
@@ -178,22 +186,11 @@ def tasks(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def task_encoder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of 4 layers × 32 without a head, whose vocabulary has most of the corpus's words whole."""
-    from transformers import BertConfig, BertModel
+    """A tiny BERT without a head, whose vocabulary has most of the corpus's words whole."""
+    from transformers import BertModel
 
-    from fastdistil.data.tokenizer import train_wordpiece
-
-    tokenizer = train_wordpiece(corpus.read_text().splitlines(), 400)
+    config, tokenizer = tiny_bert(corpus, 400, 0.1)
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=40,
-        initializer_range=0.1,
-    )
     folder = tmp_path_factory.mktemp("task-encoder") / "tiny"
     BertModel(config, add_pooling_layer=False).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
