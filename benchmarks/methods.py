@@ -73,13 +73,13 @@ def cells_of(folder: Path) -> dict[str, Cell]:
 def read(root: Path) -> dict[str, dict[str, Cell]]:
     """Row -> task -> cell: the teacher, each method, and each method's student without its teacher."""
     rows: dict[str, dict[str, Cell]] = {}
-    for method in sorted(path for path in root.iterdir() if path.is_dir()):
+    folders = (path for path in root.iterdir() if path.is_dir())
+    for method in sorted(folders, key=lambda path: (path.name != "teacher", path.name)):
         for task in (name for name in NAMES if (method / name).is_dir()):
             for model, cell in cells_of(method / task).items():
-                row = {"student": method.name, "baseline": f"{method.name}, no teacher"}.get(model, model)
-                if method.name == "teacher":
-                    row = "teacher"
-                rows.setdefault(row, {}).setdefault(task, cell)
+                if model != "teacher":  # it has a folder of its own, of recipe finetune
+                    row = f"{method.name}, no teacher" if model == "baseline" else method.name
+                    rows.setdefault(row, {})[task] = cell
     return rows
 
 

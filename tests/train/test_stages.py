@@ -226,7 +226,6 @@ def test_text_first_and_a_task_after_it(
 def test_what_does_not_fit_a_stage_on_text_is_named_before_the_task_is_read(
     recipe, corpus, finetuned, tasks, task_keys, tmp_path, monkeypatch, request, length, other, message
 ):
-    monkeypatch.setattr(fastdistil.train.task_run, "TaskData", None)
     data = {"corpus": str(corpus), "max_length": length}
     general = {"name": "general", "reads": "text", "objectives": [HIDDEN], "data": data}
     if other is not None:
@@ -235,6 +234,7 @@ def test_what_does_not_fit_a_stage_on_text_is_named_before_the_task_is_read(
     file = recipe(general, prediction, masking=None)
     files = {"teacher": str(finetuned("sst2")), "task": "sst2", "data": str(tasks)}
     config = load_config(file, [*task_keys, "student.num_layers=2"], output=tmp_path / "run", **files)
+    monkeypatch.setattr(fastdistil.train.task_run, "TaskData", None)
     with pytest.raises(UserError, match=message):
         run(config)
 

@@ -389,10 +389,11 @@ def other_tokenizer(source: Path, folder: Path) -> Path:
 def test_a_student_with_another_tokenizer_than_its_teachers_is_refused(
     on_task, task_encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(fastdistil.train.task_run, "TaskData", None)  # before the examples are read
     other = other_tokenizer(task_encoder, tmp_path / "other")
+    config = on_task("kd", f"student.from_model={other}")
+    monkeypatch.setattr(fastdistil.train.task_run, "TaskData", None)  # before the examples are read
     with pytest.raises(UserError, match="different tokenizers: token 20 is"):
-        run(on_task("kd", f"student.from_model={other}"))
+        run(config)
     assert not (tmp_path / "run").exists()
 
 
