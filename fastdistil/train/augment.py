@@ -1,8 +1,5 @@
 """Augmented examples of a task, made once and kept in the cache."""
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +13,10 @@ from fastdistil.data.augment.bilstm import bilstm_augment
 from fastdistil.data.augment.neighbours import Neighbours
 from fastdistil.data.augment.tinybert import tinybert_augment
 from fastdistil.data.tasks import Examples, Task
-from fastdistil.data.token_store import default_cache_dir
 from fastdistil.errors import UserError
 from fastdistil.models.load import load_encoder, load_masked_lm
 from fastdistil.models.student import check_same_tokenizer
+from fastdistil.train.cache import cache_file, model_fingerprint, write_aside
 from fastdistil.train.logging import RunLog
 from fastdistil.train.phases import autocast_dtype
 from fastdistil.train.sections import AugmentConfig
@@ -131,31 +128,18 @@ def _cache_file(
     texts: Texts, config: AugmentConfig, source: str, max_length: int, cache_dir: Path | None
 ) -> Path:
     """By everything that the copies depend on."""
-    digest = hashlib.sha256(json.dumps([config.model_dump(), max_length], sort_keys=True).encode())
-    for model in (config.masked_lm, config.vectors, source if config.method == "tinybert" else None):
-        if model is not None:
-            digest.update(model_fingerprint(model).encode())
-    digest.update(json.dumps(texts).encode())
-    return (cache_dir or default_cache_dir()) / "augmented" / f"{digest.hexdigest()[:32]}.parquet"
-
-
-def model_fingerprint(source: str) -> str:
-    """Of a file or a model folder; a name on the hub stands for itself."""
-    path = Path(source).expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-    return json.dumps([source, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]])
+    models = (config.masked_lm, config.vectors, source if config.method == "tinybert" else None)
+    prints = [model_fingerprint(model) for model in models if model is not None]
+    return cache_file("augmented", [config.model_dump(), max_length, prints, texts], ".parquet", cache_dir)
 
 
 def _write(file: Path, texts: Texts) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file.parent.mkdir(parents=True, exist_ok=True)
     columns = zip(*texts, strict=True) if texts else ()
     table = pa.table({str(i): list(column) for i, column in enumerate(columns)})
-    partial = file.with_name(f".writing-{os.getpid()}-{file.name}")
-    pq.write_table(table, partial, compression="zstd")
-    os.rename(partial, file)
+    write_aside(file, lambda partial: pq.write_table(table, partial, compression="zstd"))
 
 
 def _read(file: Path) -> Texts:

@@ -128,6 +128,20 @@ def prepare_data(data: DataConfig, tokenizer: Any, accelerator: Accelerator, log
     return PreparedData(tokenizer, facts, store.token_counts, held_out, rows, stored, len(training_rows))
 
 
+class Texts:
+    """The text of each stage of a run, prepared once."""
+
+    def __init__(self, tokenizer: Any, accelerator: Accelerator, log: RunLog) -> None:
+        self._arguments = tokenizer, accelerator, log
+        self._prepared: dict[str, PreparedData] = {}
+
+    def __call__(self, data: DataConfig) -> PreparedData:
+        key = data.model_dump_json()
+        if key not in self._prepared:
+            self._prepared[key] = prepare_data(data, *self._arguments)
+        return self._prepared[key]
+
+
 def prepare_tokenizer(config: RunConfig, model_tokenizer: Any | None, accelerator: Accelerator) -> Any:
     """The tokenizer of a run: the model's; else the one that `data` names; else one trained on the corpus."""
     data = config.data

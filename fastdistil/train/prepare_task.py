@@ -1,9 +1,6 @@
 """From a configuration to the examples of its task: for training, augmented, and held out."""
 
-import hashlib
-import json
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,10 @@ from fastdistil.data.noise import permutation
 from fastdistil.data.task_batches import TaskBatches
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Examples, Task, read_examples
-from fastdistil.data.token_store import default_cache_dir
 from fastdistil.evaluate import predict_logits
 from fastdistil.models.taps import frozen_copy
-from fastdistil.train.augment import augmented, model_fingerprint
+from fastdistil.train.augment import augmented
+from fastdistil.train.cache import cache_file, model_fingerprint, write_aside
 from fastdistil.train.config import RunConfig
 from fastdistil.train.logging import RunLog
 from fastdistil.train.phases import autocast_dtype
@@ -62,16 +59,12 @@ class TaskExamples:
         `source` is the folder or hub id of the teacher.
         """
         dtype = autocast_dtype(loop.teacher_precision)
-        identity = json.dumps([model_fingerprint(source), str(dtype), self.data.sha256])
-        name = hashlib.sha256(identity.encode()).hexdigest()[:32]
-        file = (cache_dir or default_cache_dir()) / "teacher-logits" / f"{name}.npy"
+        identity = [model_fingerprint(source), str(dtype), self.data.sha256]
+        file = cache_file("teacher-logits", identity, ".npy", cache_dir)
         if not file.exists():
             log.say(f"asking the teacher about {len(self.data):,} examples, once for all epochs")
             logits = predict_logits(frozen_copy(teacher, dtype), self.data, dtype=dtype)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f".writing-{os.getpid()}-{file.name}")
-            np.save(partial, logits)
-            os.rename(partial, file)
+            write_aside(file, lambda partial: np.save(partial, logits))
         return replace(self, data=replace(self.data, teacher_logits=np.load(file)))
 
 

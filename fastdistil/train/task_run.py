@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from fastdistil.data.tasks import Task, find_task
 from fastdistil.errors import UserError
 from fastdistil.evaluate import chance_score, evaluate_objectives, evaluate_task, mean_score
-from fastdistil.models.load import load_encoder, load_masked_lm, max_positions
+from fastdistil.models.load import load_encoder, load_masked_lm, load_tokenizer, max_positions
 from fastdistil.models.student import check_same_tokenizer
 from fastdistil.models.task import load_task_model
 from fastdistil.objectives import Objective
@@ -20,7 +20,7 @@ from fastdistil.train.config import RunConfig, uses_teacher, uses_vocabulary
 from fastdistil.train.logging import RunLog
 from fastdistil.train.objective_config import ObjectiveConfig, PredictionConfig
 from fastdistil.train.phases import Phases, phase_names
-from fastdistil.train.prepare import MaskedText, PreparedData, prepare_data
+from fastdistil.train.prepare import MaskedText, PreparedData, Texts
 from fastdistil.train.prepare_task import TaskData, TaskExamples
 from fastdistil.train.report import RunResult, finish
 from fastdistil.train.sections import StageConfig
@@ -38,12 +38,12 @@ class TaskRun:
         self.stages = config.student_stages
         self.last = self.stages[-1]
         self.teachers: dict[tuple[str, str], Any] = {}
-        self.texts: dict[str, PreparedData] = {}
 
     def whole(self) -> RunResult:
         config = self.config
         assert config.task is not None
         self.tokenizer = self._first_look()
+        self.text = Texts(self.tokenizer, self.accelerator, self.log)
         self.data = TaskData(config, self.task, self.tokenizer, self.accelerator, self.log)
         self.teacher_scores: dict[str, float] | None = None
         if config.teacher is not None:
@@ -69,7 +69,7 @@ class TaskRun:
         assert source is not None
         kind = self.stages[0]
         student = self._first_student(kind)()
-        tokenizer = self._load(source, kind)[1]
+        tokenizer = load_tokenizer(source, masks=kind.reads == "text")
         self._check_lengths(student, source)
         for stage in self.stages:
             if not any(uses_teacher(o) for o in stage.objectives):
@@ -132,7 +132,7 @@ class TaskRun:
                     cache = self.config.data.cache_dir
                     examples = examples.answered_by(teacher, source, stage.run, cache, self.log)
         else:
-            text = self._text(stage)
+            text = self.text(stage.data)
             examples = MaskedText(text, stage.masking)
             evaluate = partial(self._distance, stage, text, teacher)
         return self.phases.run_stage(
@@ -209,12 +209,6 @@ class TaskRun:
             self.teachers[source, kind] = model, tokenizer
         found: tuple[Any, Any] = self.teachers[source, kind]
         return found
-
-    def _text(self, stage: StageConfig) -> PreparedData:
-        key = stage.data.model_dump_json()
-        if key not in self.texts:
-            self.texts[key] = prepare_data(stage.data, self.tokenizer, self.accelerator, self.log)
-        return self.texts[key]
 
     def _while_training(self, model: Any, objectives: Sequence[Objective]) -> dict[str, float]:
         scores = evaluate_task(model, self.task, self.data.held_out, dtype=self.phases.dtype)

@@ -22,13 +22,12 @@ from fastdistil.train.objective_config import NextSentenceConfig, ObjectiveConfi
 from fastdistil.train.phases import CHECKPOINTS, Phases, phase_names
 from fastdistil.train.prepare import (
     MaskedText,
-    PreparedData,
+    Texts,
     check_length,
-    prepare_data,
     prepare_tokenizer,
 )
 from fastdistil.train.report import BEFORE, RunResult, finish, shown
-from fastdistil.train.sections import DataConfig, LoopConfig, NewTeacherConfig, ScheduleConfig, StageConfig
+from fastdistil.train.sections import LoopConfig, NewTeacherConfig, ScheduleConfig, StageConfig
 from fastdistil.train.students import build_student, takes_whole_model
 
 _MASKED_LM: list[ObjectiveConfig] = [VocabularyConfig(kd_weight=0, ce_weight=1)]
@@ -62,7 +61,7 @@ class TextRun:
         if source is not None:
             longest = max(stage.data.max_length for stage in self.stages)
             check_length(teacher if config.teacher else model, longest, source)
-        self.texts: dict[str, PreparedData] = {}
+        self.text = Texts(self.tokenizer, self.accelerator, self.log)
 
         if not config.uses_teacher:
             self._adapt()
@@ -78,7 +77,7 @@ class TextRun:
         loop = self.config.run
 
         def fresh() -> Any:
-            return self._own_model(torch.from_numpy(self._text(self.last.data).token_counts))[0]
+            return self._own_model(torch.from_numpy(self.text(self.last.data).token_counts))[0]
 
         build: Callable[[], Any] = fresh
         if loop.head_warmup_steps:
@@ -202,19 +201,13 @@ class TextRun:
     def _load_model(self, folder: Path) -> Any:
         return self.load(folder)[0]
 
-    def _text(self, data: DataConfig) -> PreparedData:
-        key = data.model_dump_json()
-        if key not in self.texts:
-            self.texts[key] = prepare_data(data, self.tokenizer, self.accelerator, self.log)
-        return self.texts[key]
-
     def _examples(self, stage: StageConfig) -> MaskedText:
-        return MaskedText(self._text(stage.data), stage.masking)
+        return MaskedText(self.text(stage.data), stage.masking)
 
     def _while_training(
         self, stage: StageConfig, teacher: Any | None, model: Any, objectives: Sequence[Objective]
     ) -> dict[str, float]:
-        rows = self._text(stage.data).held_out_rows[: stage.run.eval_sequences]
+        rows = self.text(stage.data).held_out_rows[: stage.run.eval_sequences]
         compared = objectives if teacher is not None and not self.is_language_model else None
         scores = self._scores(stage, model, rows, compared, teacher, self.phases.dtype)
         return {f"held_out_{name}": scores[name] for name in shown(scores)}
@@ -229,7 +222,7 @@ class TextRun:
         dtype: torch.dtype | None = None,
     ) -> dict[str, float]:
         """On held-out text: the terms of `objectives`, or as a masked language model."""
-        data = self._text(stage.data)
+        data = self.text(stage.data)
         if objectives is not None:
             # The same tokens for every model.
             masker = data.masker(stage.masking, seed=0, device=model.device)
@@ -248,12 +241,12 @@ class TextRun:
             self.log,
             self.phases.trained,
             lambda: self._final(teacher),
-            f"Held out: {self._text(self.last.data).describe_held_out()}.",
+            f"Held out: {self.text(self.last.data).describe_held_out()}.",
         )
 
     def _final(self, teacher: Any | None) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
         """The models of the table, and their scores on all held-out text."""
-        device, rows = self.accelerator.device, self._text(self.last.data).held_out_rows
+        device, rows = self.accelerator.device, self.text(self.last.data).held_out_rows
         if self.is_language_model:
             models = {"teacher": teacher} if teacher is not None else {}
             for name in ("model", "student", "baseline"):

@@ -161,7 +161,7 @@ def test_learned_projections_are_counted_in_the_scores_and_not_saved_with_the_st
 def test_objectives_that_do_not_fit_the_models_are_named_before_the_text_is_read(
     relate, keys, message, monkeypatch
 ):
-    monkeypatch.setattr(fastdistil.train.text_run, "prepare_data", None)
+    monkeypatch.setattr(fastdistil.train.prepare, "prepare_data", None)
     with pytest.raises(UserError, match=message) as caught:
         run(relate(*keys))
     assert "\n" not in str(caught.value)
