@@ -54,6 +54,15 @@ TaskName = Annotated[
 TaskFolder = Annotated[
     str | None, typer.Option(help="Folder of the task's files (parquet, tsv, json); without it, the hub.")
 ]
+ChainOverrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME.KEY=VALUE",
+        help="Change an option of a step: kd.run.epochs=2, prune-ffn.ratio=0.5, recover.run.epochs=1 (after "
+        "every step), train.optimizer.lr=1e-4 (of all training). May be repeated.",
+    ),
+]
 TextColumn = Annotated[str, typer.Option(help="Column of parquet, jsonl and `datasets` rows.")]
 
 
@@ -200,10 +209,137 @@ def evaluate(
             text_column=text_column or "text",
             split=split or "test",
         )
-    rows = summary.rows()
-    width = max(len(label) for label, _ in rows)
-    for label, value in rows:
-        print(f"{label:{width}}  {value}")
+    _print_rows(summary.rows())
+
+
+@app.command()
+def compress(
+    ctx: typer.Context,
+    model: Annotated[
+        str, typer.Argument(help="Folder or hub id of the model; with --task fine-tuned on it.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the result, model/, and for what leads to it.")],
+    method: Annotated[
+        str | None,
+        typer.Option(help="A method or a chain, such as prune-ffn:0.5 or kd+prune-ffn+int8, or a YAML file."),
+    ] = None,
+    task: TaskName = None,
+    data: TaskFolder = None,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0)] = 0,
+    target_speedup: Annotated[
+        float | None, typer.Option(help="Search the chains for the best score that is so many times faster.")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="Search the chains for the best score in so many bytes, such as 20MB.")
+    ] = None,
+    candidates: Annotated[
+        int | None, typer.Option(help="With a target: how many chains are trained; default 3.", min=1)
+    ] = None,
+    overrides: ChainOverrides = None,
+    debug: Debug = False,
+) -> None:
+    """Make a smaller model: by a method, by a chain of them, or by the chain that meets a target.
+
+    With --task it is trained to recover, by distillation from MODEL, and scored beside it.
+    """
+    searches = target_speedup is not None or target_size is not None
+    if searches == (method is not None):
+        raise UserError("give --method NAME, or a target: --target-speedup, --target-size")
+    if not searches:
+        _refuse("--target-speedup or --target-size", {"--candidates": candidates})
+    from fastdistil.compare.search import compress_for_target
+    from fastdistil.compare.single import compress_model
+
+    try:
+        if searches:
+            if task is None:
+                raise UserError("a search needs --task NAME, to score what it finds")
+            result = compress_for_target(
+                model,
+                task,
+                data,
+                output,
+                target_speedup,
+                target_size,
+                candidates=candidates or 3,
+                overrides=overrides or (),
+                seed=seed,
+            )
+        else:
+            assert method is not None
+            result = compress_model(
+                model, method, output, task=task, data=data, overrides=overrides or (), seed=seed
+            )
+    except KeyboardInterrupt:
+        _say(f"interrupted; the same command goes on where it stopped: {_command(ctx)}")
+        raise
+    _print_rows(result.rows())
+
+
+@app.command()
+def compare(
+    ctx: typer.Context,
+    teacher: Annotated[
+        str, typer.Argument(help="Folder or hub id of a model fine-tuned on the task, or `quickstart`.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the comparison; default runs/compare-TASK.", show_default=False),
+    ] = None,
+    task: TaskName = None,
+    data: TaskFolder = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(help="Methods and chains, with commas between; default: one of each and three chains."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Of each method that trains.", min=1)] = 1,
+    overrides: ChainOverrides = None,
+    debug: Debug = False,
+) -> None:
+    """Shrink a model in many ways and show what each costs: a table, pictures and report.html.
+
+    Interrupted, the same command goes on where it stopped.
+    """
+    names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
+    try:
+        if teacher == "quickstart":
+            _refuse("another teacher than quickstart", {"--task": task, "--data": data})
+            from fastdistil.compare.quickstart import compare_quickstart
+
+            compare_quickstart(output or Path("runs/compare-quickstart"), names, overrides or (), seeds=seeds)
+            return
+        if task is None:
+            raise UserError("compare needs --task NAME (sst2, mrpc, ...), or the teacher `quickstart`")
+        from fastdistil.compare.defaults import DEFAULT_METHODS
+        from fastdistil.compare.run import CompareConfig
+        from fastdistil.compare.run import compare as run_comparison
+
+        config = CompareConfig(
+            teacher=teacher,
+            task=task,
+            data=data,
+            methods=names or list(DEFAULT_METHODS),
+            output=output or Path(f"runs/compare-{task}"),
+            seeds=seeds,
+            overrides=overrides or [],
+        )
+        run_comparison(config)
+    except KeyboardInterrupt:
+        _say(f"interrupted; the same command goes on where it stopped: {_command(ctx)}")
+        raise
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a model, compressed or not.")],
+    output: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8 or executorch.")] = "onnx",
+    debug: Debug = False,
+) -> None:
+    """Write a model for another runtime, verified against PyTorch's outputs."""
+    from fastdistil.export.model import export_model
+
+    _print_rows(export_model(model, format, output).rows())
 
 
 @app.command()
@@ -266,6 +402,16 @@ def _refuse(needed: str, given: dict[str, object]) -> None:
     for name, value in given.items():
         if value is not None:
             raise UserError(f"{name} is for {needed}: add it, or leave {name} out")
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in rows)
+    for label, value in rows:
+        print(f"{label:{width}}  {value}")
+
+
+def _command(ctx: typer.Context) -> str:
+    return shlex.join(["fastdistil", *ctx.obj.arguments])
 
 
 def _print_wrapped(text: str, label: str = "") -> None:

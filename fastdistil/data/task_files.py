@@ -14,6 +14,7 @@ from fastdistil.errors import UserError
 
 # In the order in which they are looked for: a folder may hold the same split in several formats.
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".csv")
+MACHINE = "machine"  # in place of a dataset of the hub: made of what is installed
 VALIDATION = ("validation", "dev", "valid", "val")  # what people call this split
 
 
@@ -86,7 +87,11 @@ def read_files(files: Sequence[Path], wanted: set[str], header: tuple[str, ...] 
 
 
 def read_hub(path: str, configuration: str, split: str, wanted: set[str]) -> Table:
-    """The columns `wanted` of a dataset of the hub."""
+    """The columns `wanted` of a dataset of the hub, or of this machine's own."""
+    if path == MACHINE:
+        from fastdistil.data.machine_task import library_table
+
+        return library_table(split)
     import datasets
 
     where = f"{path} ({configuration}), split {split!r}"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastdistil.data.machine_task import LIBRARIES
 from fastdistil.data.task_columns import (
     answer_spans,
     chosen_options,
@@ -23,7 +24,15 @@ from fastdistil.data.task_columns import (
     scores,
     texts,
 )
-from fastdistil.data.task_files import VALIDATION, Table, find_folder, read_files, read_hub, split_files
+from fastdistil.data.task_files import (
+    MACHINE,
+    VALIDATION,
+    Table,
+    find_folder,
+    read_files,
+    read_hub,
+    split_files,
+)
 from fastdistil.errors import UserError
 
 Kind = Literal["classification", "regression", "span", "choice"]
@@ -40,7 +49,8 @@ class Task:
         label: the label's column.
         labels: the names of the classes or options, in the order of their numbers.
         metrics: `evaluate_task` computes these, and `mean_score` is their mean.
-        hub: the dataset of the hub, and its configuration.
+        hub: the dataset of the hub, and its configuration; or "machine", of a task that is on this machine
+            already (`fastdistil.data.machine_task`).
         splits: the one to train on, then those to be scored on, the first being the usual one.
         aliases: column -> other names that it has in files.
         header: the columns of files that come without their names.
@@ -200,6 +210,15 @@ _TASKS = (
         splits=("train", "validation", "test"),
         aliases={"dialogue": ("article",), "choice": ("options",), "answer": ("label",)},
     ),
+    Task(
+        "libraries",
+        "classification",
+        ("sentence",),
+        "label",
+        LIBRARIES,
+        ("accuracy",),
+        (MACHINE, "libraries"),
+    ),
 )
 TASKS = {task.name: task for task in _TASKS}
 
@@ -220,7 +239,7 @@ def read_examples(task: Task, data: str | Path | None, split: str) -> Examples:
 
     Args:
         data: the folder of the task's files, or one that has it as `<task>/` or `glue/<task>/`; None reads
-            the dataset of the hub.
+            the dataset of the hub, or what is on this machine, for which "machine" may be given, too.
         split: "train", "validation" or one of the task's own. "validation" is the usual split to be scored
             on: MNLI's is the matched one, and of IMDb, which has none, or where its files are not there, it
             is the test split. `Examples.split` says which it was.
@@ -233,7 +252,7 @@ def read_examples(task: Task, data: str | Path | None, split: str) -> Examples:
         splits = sorted(dict.fromkeys((*task.splits[1:], "validation")), key=lambda name: name == "test")
     wanted = {name for column in (*task.columns, task.label) for name in _spellings(task, column)}
     wanted |= set(_SINGLE_ANSWER)
-    if data is None:
+    if data is None or (data == MACHINE and task.hub[0] == MACHINE):
         there = task.splits[1] if split in VALIDATION else split
         return _examples(task, read_hub(*task.hub, there, wanted), there)
     root = Path(data).expanduser()

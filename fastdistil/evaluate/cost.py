@@ -5,12 +5,14 @@ model or of a task is left out. Where the encoder takes token types, each text i
 length: a siamese BiLSTM reads both.
 """
 
+import json
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,36 @@ class Latency:
 
 def count_parameters(model: Any) -> int:
     """Weights, a tied one counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    exported: int | None = getattr(model, "num_parameters_", None)
+    return sum(parameter.numel() for parameter in model.parameters()) if exported is None else exported
 
 
 def bytes_on_disk(folder: str | Path) -> int:
     """Size of the weight files of a model folder."""
-    files = list(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no safetensors weights in it")
-    return sum(file.stat().st_size for file in files)
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """What a model's weights are read from: safetensors files, or the file of another runtime and what lies
+    beside it under the same name ("model.onnx.data").
+
+    Raises `UserError` if there is none.
+    """
+    exported = _compression(folder).get("file")
+    found = sorted(Path(folder).glob("*.safetensors" if exported is None else f"{exported}*"))
+    if not found:
+        raise UserError(f"{folder}: no {'safetensors weights' if exported is None else exported} in it")
+    return found
+
+
+def model_folder(source: str | Path) -> Path:
+    """Where the files of a model lie; one of the hub was downloaded when it was loaded."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(source), local_files_only=True))
 
 
 def measure_latency(
@@ -66,11 +89,11 @@ def measure_latency(
     modes = {name: model.training for name, model in models.items()}
     with torch.inference_mode():
         for batch_size in batch_sizes:
-            inputs = {name: _inputs(model, batch_size, length) for name, model in models.items()}
+            inputs = {name: example_inputs(model, batch_size, length) for name, model in models.items()}
             for turn in range(warmup + runs):
                 for name, model in models.items():
                     model.eval()
-                    elapsed = _time_forward(model, inputs[name])
+                    elapsed = time_forward(model.base_model, inputs[name])
                     if turn >= warmup:
                         times.setdefault((name, batch_size), []).append(1000 * elapsed)
     for name, model in models.items():
@@ -79,9 +102,16 @@ def measure_latency(
 
 
 def measure_peak_memory(
-    folder: str | Path, *, batch_size: int = 8, length: int = LENGTH, device: str = "cpu"
+    folder: str | Path,
+    *,
+    batch_size: int = 8,
+    length: int = LENGTH,
+    device: str = "cpu",
+    dtype: torch.dtype | None = torch.float32,
 ) -> int:
     """Bytes that the model of a folder adds to a fresh process at the height of a forward pass, with weights.
+
+    `dtype` is that of the weights of a plain model, None what its file has; a compressed model has its own.
 
     On a CPU: the high-water mark of the resident memory while the encoder runs, less what is resident before
     the model is loaded. On a GPU: `torch.cuda.max_memory_allocated`.
@@ -89,7 +119,8 @@ def measure_peak_memory(
     Raises `RunError` if that process fails, with the last line it wrote.
     """
     code = "from fastdistil.evaluate import cost; cost.print_peak_memory()"
-    arguments = [str(folder), str(batch_size), str(length), device]
+    weights = "auto" if dtype is None else str(dtype).removeprefix("torch.")
+    arguments = [str(folder), str(batch_size), str(length), device, weights]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
     )
@@ -100,34 +131,74 @@ def measure_peak_memory(
 
 
 def print_peak_memory() -> None:
-    """What the measuring process runs: folder, batch size, length and device as arguments, bytes printed."""
-    from transformers import MODEL_MAPPING, AutoConfig
-
-    import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
-
-    folder, batch_size, length, device = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    # Importing the class is done before the first look: the code's memory is not the model's.
-    encoder_class: Any = MODEL_MAPPING[type(config)]
+    """What the measuring process runs: the folder and how to measure it as arguments, bytes printed."""
+    folder, batch_size, length, device, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:]
+    compression = _compression(folder)
+    # Importing the code is done before the first look: its memory is not the model's.
+    if compression:
+        load = _compressed_loader(folder, compression.get("runtime"))
+    else:
+        load = _encoder_loader(folder, dtype)
     before = _resident("VmRSS")
-    model, info = encoder_class.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
-    if any(key.startswith("pooler.") for key in info["missing_keys"]):
-        model.pooler = None
-    model.eval().to(device)
+    model = load(folder).to(device)
     # The loaded weights are pages of the file, and count as resident only where a pass has read them.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if type(tensor.data) is Tensor:
+            tensor.data = tensor.data.clone()
     _reset_peak(device)
     with torch.inference_mode():
         for _ in range(2):
-            _time_forward(model, _inputs(model, batch_size, length))
+            time_forward(model.base_model, example_inputs(model, batch_size, length))
     peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else _resident("VmHWM") - before
     print(peak)
 
 
-def _inputs(model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+def _compression(folder: str | Path) -> dict[str, Any]:
+    """How the folder's model differs from what its class of `transformers` is: its config's "fastdistil"."""
+    file = Path(folder) / "config.json"
+    return (json.loads(file.read_text(encoding="utf-8")).get("fastdistil") if file.is_file() else None) or {}
+
+
+def _compressed_loader(folder: str, runtime: str | None) -> Callable[[str], Any]:
+    import transformers
+
+    from fastdistil.compress.replacements import rebuild
+    from fastdistil.compress.store import load
+    from fastdistil.models import bilstm
+
+    if runtime is not None:
+        import_module("fastdistil.export.runtime")
+        import_module({"executorch": "executorch.runtime"}.get(runtime, runtime))
+        return load
+    # All code that the modules of this model need is imported on the way to one that has no memory.
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    (name,) = config.architectures
+    model_class = getattr(transformers, name, None) or getattr(bilstm, name)
+    with torch.device("meta"):
+        rebuild(model_class(config))
+    return load
+
+
+def _encoder_loader(folder: str, dtype: str) -> Callable[[str], Any]:
+    from transformers import MODEL_MAPPING, AutoConfig
+
+    import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
+
+    encoder_class: Any = MODEL_MAPPING[type(AutoConfig.from_pretrained(folder, trust_remote_code=False))]
+
+    def load(folder: str) -> Any:
+        model, info = encoder_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        if any(key.startswith("pooler.") for key in info["missing_keys"]):
+            model.pooler = None
+        return model.eval()
+
+    return load
+
+
+def example_inputs(model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
+    """Random token ids without padding, and what else the model takes."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -138,11 +209,11 @@ def _inputs(model: Any, batch_size: int, length: int) -> dict[str, Tensor]:
     return accepted_inputs(model, inputs)
 
 
-def _time_forward(model: Any, inputs: dict[str, Tensor]) -> float:
-    """Seconds of one forward pass of the encoder, with what a GPU still had to do before it left out."""
+def time_forward(model: Any, inputs: dict[str, Tensor]) -> float:
+    """Seconds of one forward pass, with what a GPU still had to do before it left out."""
     _synchronize(model.device)
     start = time.perf_counter()
-    model.base_model(**inputs)
+    model(**inputs)
     _synchronize(model.device)
     return time.perf_counter() - start
 

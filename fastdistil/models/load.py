@@ -127,8 +127,11 @@ def load_model(
     from safetensors import SafetensorError
 
     import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
+    from fastdistil.compress.store import is_compressed
 
     _check_folder(source)
+    if is_compressed(source):
+        raise UserError(f"{source}: a compressed model cannot be loaded as {kind}; fastdistil.load reads it")
     try:
         with _quiet():
             model, info = auto.from_pretrained(

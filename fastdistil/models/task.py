@@ -37,7 +37,8 @@ def load_task_model(
     head's config names the same labels in another order, its outputs are put into the task's.
 
     Args:
-        source: a `transformers` folder, or a model name on the hub, of an encoder with any head or none.
+        source: a `transformers` folder, or a model name on the hub, of an encoder with any head or none; or
+            the folder of a compressed model, which has its head, and its precision, already.
         task: what the head is for.
         new_head: whether a head that the folder lacks, or has for another number of labels, starts fresh, as
             `transformers` initialises it, from torch's global random state. That is pooler and classifier,
@@ -53,8 +54,17 @@ def load_task_model(
     import transformers
 
     import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
+    from fastdistil.compress.store import is_compressed, load
 
     names = _output_names(task)
+    if is_compressed(source):
+        model = load(source)
+        if [str(model.config.id2label[i]) for i in range(model.config.num_labels)] != [*names]:
+            raise UserError(
+                f"{source}: was compressed with a head that is not for {task.name}: compress a model that is "
+                "fine-tuned on it"
+            )
+        return model, load_fitting_tokenizer(source, model, masks=False)
     model, info = load_model(
         source,
         dtype,

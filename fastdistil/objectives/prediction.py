@@ -88,7 +88,7 @@ class PredictionObjective(Objective):
                 return self._distil(logits, taught, labels, weights)
             sums["kd"] = _squared_error(logits, taught, batch.attention_mask)
         if self.task_weight > 0:
-            sums["task"] = _task_loss(logits, labels)
+            sums["task"] = task_loss(logits, labels)
         loss = torch.stack([total * weights[term] for term, total in sums.items()]).sum()
         return ObjectiveLoss(loss, {term: total.detach() for term, total in sums.items()})
 
@@ -140,8 +140,8 @@ def _squared_error(student: Tensor, teacher: Tensor, attention_mask: Tensor) -> 
     return (squares.sum(-1) / tokens.sum(-1)).sum()
 
 
-def _task_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed over the labelled rows."""
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy, or of float labels squared error, summed over the labelled rows."""
     if labels.is_floating_point():
         return hidden_mse(logits, labels.unsqueeze(-1), mask=_labelled(labels), reduction="sum")
     return nn.functional.cross_entropy(

@@ -17,8 +17,9 @@ from pydantic import BaseModel, Field, ValidationError
 from fastdistil.data.tasks import find_task
 from fastdistil.errors import UserError
 from fastdistil.recipes import for_variant, load_recipe
+from fastdistil.schema import Section
 from fastdistil.train.check import check_complete
-from fastdistil.train.objective_config import OBJECTIVES, ObjectiveConfig, Section
+from fastdistil.train.objective_config import OBJECTIVES, ObjectiveConfig
 from fastdistil.train.overrides import OF_A_STAGE, apply_override, set_key, with_whole_stages
 from fastdistil.train.sections import (
     AugmentConfig,

@@ -6,15 +6,12 @@ Each section's `formula` is its share of the loss in words, for the log.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator
+from pydantic import Field, PlainValidator
 
 from fastdistil.models.layers import MAPPINGS
+from fastdistil.schema import Section
 
 _TOKENS = "all tokens but padding"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 def _layer_mapping(value: Any) -> Any:

@@ -5,7 +5,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fastdistil.train.objective_config import ObjectiveConfig, Section
+from fastdistil.schema import Section
+from fastdistil.train.objective_config import ObjectiveConfig
 
 
 class BiLSTMConfig(Section):

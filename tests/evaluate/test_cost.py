@@ -1,5 +1,6 @@
 """Costs of models whose parameters, bytes and relative speed are known."""
 
+import json
 import time
 
 import pytest
@@ -43,6 +44,22 @@ def test_bytes_on_disk_are_those_of_the_weights(tmp_path):
     assert data < bytes_on_disk(tmp_path) < data + 8192
     with pytest.raises(UserError, match="no safetensors weights"):
         bytes_on_disk(tmp_path / "nothing")
+
+
+def test_bytes_on_disk_of_an_exported_model_are_those_of_its_file_and_what_lies_beside_it(tmp_path):
+    config = {"fastdistil": {"runtime": "onnxruntime", "file": "model.onnx"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"no model\.onnx in it"):
+        bytes_on_disk(tmp_path)
+    for name, size in (("model.onnx", 100), ("model.onnx.data", 2000), ("tokenizer.json", 30_000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert bytes_on_disk(tmp_path) == 2100
+
+
+def test_an_exported_model_has_the_parameters_that_it_was_made_of():
+    exported = nn.Module()
+    exported.num_parameters_ = 1234
+    assert count_parameters(exported) == 1234
 
 
 class Sleeper(nn.Module):
@@ -95,6 +112,32 @@ def test_peak_memory_holds_the_encoders_weights_and_little_more(make, tmp_path):
     weights = 4 * count_parameters(model.base_model)
     peak = measure_peak_memory(tmp_path, batch_size=1, length=8)
     assert weights < peak < weights + (24 << 20)
+
+
+def test_peak_memory_is_that_of_the_files_dtype_where_none_is_given(tmp_path):
+    model = bert(1_000_000).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    weights = 2 * count_parameters(model.base_model)
+    peak = measure_peak_memory(tmp_path, batch_size=1, length=8, dtype=None)
+    assert weights < peak < weights + (24 << 20)
+
+
+def test_peak_memory_of_a_compressed_model(tmp_path):
+    replacements = pytest.importorskip("fastdistil.compress.replacements")
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = transformers.BertForSequenceClassification(config)
+    wide = {"intermediate": (16, 1_000_000), "output": (1_000_000, 16)}
+    for name, (inside, outside) in wide.items():
+        spec = {"kind": "linear", "in_features": inside, "out_features": outside}
+        path = f"bert.encoder.layer.0.{name}.dense"
+        replacements.replace(model, path, nn.Linear(inside, outside), spec)
+    model.save_pretrained(str(tmp_path))
+    weights = 4 * count_parameters(model)
+    activations = 2 * 4 * 1_000_000  # the intermediate states of one token, and what GELU makes of them
+    peak = measure_peak_memory(tmp_path, batch_size=1, length=1)
+    assert weights < peak < weights + activations + (24 << 20)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ SOURCES = ("fastdistil", "kernels", "csrc", "tests")
 MODULES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "fastdistil").rglob("*.py"))
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 RECIPES = sorted(path.name for path in (ROOT / "fastdistil" / "recipes").glob("*.yaml"))
+PAGE = [f"fastdistil/compare/page{end}" for end in (".css", ".js", "_template.html")]
 
 
 class Built(NamedTuple):
@@ -67,13 +68,14 @@ def test_the_sdist_holds_all_that_a_build_needs(built: Built) -> None:
     wanted |= {str(path.relative_to(ROOT)) for path in native}
     wanted |= {f"kernels/{name}" for name in KERNELS}
     wanted |= {f"fastdistil/recipes/{name}" for name in RECIPES}
+    wanted |= set(PAGE)
     assert wanted - built.sdist_files == set()
 
 
-def test_the_wheel_holds_all_modules_kernels_and_recipes(built: Built) -> None:
+def test_the_wheel_holds_all_modules_kernels_recipes_and_the_page(built: Built) -> None:
     wanted = {*MODULES, *(f"fastdistil/kernels/{name}" for name in KERNELS)}
     wanted |= {f"fastdistil/recipes/{name}" for name in RECIPES}
-    wanted |= {"fastdistil/py.typed"}
+    wanted |= {"fastdistil/py.typed", *PAGE}
     assert KERNELS
     assert RECIPES
     assert wanted - built.wheel_files == set()

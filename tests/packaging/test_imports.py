@@ -12,11 +12,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module may import from its own rank and from those below.
 RANKS = [
-    {"kernels", "errors", "_C"},
+    {"kernels", "errors", "schema", "_C"},
     {"ops"},
     {"functional", "nn"},
-    {"objectives", "models", "data", "evaluate", "recipes"},
+    {"objectives", "models", "data", "compress", "evaluate", "export", "recipes"},
     {"train"},
+    {"compare"},
     {"doctor"},
     {"cli"},
     {"__main__"},
@@ -25,12 +26,16 @@ RANK = {part: rank for rank, parts in enumerate(RANKS) for part in parts}
 HEAVY = (
     "accelerate",
     "datasets",
+    "executorch",
     "nltk",
+    "onnx",
+    "onnxruntime",
     "pyarrow",
     "pydantic",
     "rich",
     "textblob",
     "tokenizers",
+    "torchao",
     "torchmetrics",
     "transformers",
     "triton",

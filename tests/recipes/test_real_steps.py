@@ -100,6 +100,7 @@ CASES = {
         ("new_teacher.steps=2", "data.vocab_size=600"),
         teacher=None,
     ),
+    "recover": Case(CLASSIFIER, {"student": {"kd", "task"}}, TWO_LAYERS),
     "tinybert-general": Case("AutoModel", {"student": TINYBERT}, TWO_LAYERS, teacher="encoder"),
     "tinybert-task": Case(
         CLASSIFIER,

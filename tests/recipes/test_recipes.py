@@ -10,7 +10,7 @@ from fastdistil.recipes import list_recipes, load_recipe
 from fastdistil.train.config import first_difference, load_config
 
 RECIPES = list_recipes()
-ON_TASK = {"bilstm", "distilbert-task", "finetune", "kd", "pkd", "tinybert-task"}
+ON_TASK = {"bilstm", "distilbert-task", "finetune", "kd", "pkd", "recover", "tinybert-task"}
 TASKS = ("cola", "mnli", "mrpc", "sst2", "stsb", "qqp", "qnli", "rte")
 
 
@@ -25,7 +25,7 @@ def load(name: str, *overrides: str, task: str = "sst2"):
 def test_these_are_the_recipes():
     assert [r.name for r in RECIPES] == [
         "bert", "bilstm", "distilbert", "distilbert-task", "finetune", "kd", "minilm", "mlm", "mobilebert",
-        "pkd", "quickstart", "tinybert-general", "tinybert-task",
+        "pkd", "quickstart", "recover", "tinybert-general", "tinybert-task",
     ]  # fmt: skip
 
 

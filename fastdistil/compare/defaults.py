@@ -1,0 +1,28 @@
+"""What `fastdistil compare` runs where the user names no methods: each class, and chains of the usual parts."""
+
+DEFAULT_METHODS = (
+    "kd",
+    "pkd",
+    "prune-layers",
+    "prune-heads:0.5",
+    "prune-ffn:0.5",
+    "prune-heads:0.5+prune-ffn:0.5",
+    "prune-width:0.5",
+    "prune-magnitude:0.5",
+    "prune-movement:0.7",
+    "prune-2of4",
+    "low-rank:0.5",
+    "factorize-embeddings:128",
+    "share-layers",
+    "cluster:4",
+    "bf16",
+    "int8",
+    "int8-static",
+    "int8-qat",
+    "onnx",
+    "onnx-int8",
+    "kd+onnx-int8",
+    "kd+prune-ffn:0.5+onnx-int8",
+    "prune-layers+factorize-embeddings:128+onnx-int8",
+    "prune-layers+prune-heads:0.5+prune-ffn:0.5+factorize-embeddings:128+onnx-int8",
+)

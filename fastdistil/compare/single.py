@@ -1,0 +1,188 @@
+"""One compressed model, beside the one that it was made of.
+
+output/
+  model/       the result, with its model card
+  models/      what leads to it (see chain)
+  result.json  what is shown
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastdistil.compare.chain import ChainContext, chain_record, run_chain
+from fastdistil.compare.measure import measure
+from fastdistil.compare.steps import Chain, parse_chain
+from fastdistil.compress.store import load
+from fastdistil.data.task_encoding import encode
+from fastdistil.data.tasks import Task, find_task, read_examples
+from fastdistil.errors import UserError
+from fastdistil.evaluate import bytes_on_disk, count_parameters, evaluate_task, mean_score
+from fastdistil.evaluate.cost import LENGTH, model_folder
+from fastdistil.models.load import load_tokenizer, max_positions
+from fastdistil.models.task import load_task_model
+from fastdistil.train.checkpoint import write_durably
+
+
+@dataclass(frozen=True)
+class Side:
+    """What one of the two models is and costs."""
+
+    parameters: int
+    disk_bytes: int
+    latency_ms: float  # p50 of one sequence, one thread
+    scores: dict[str, float] | None  # None: no task was given
+    score: float | None  # the mean of them
+
+
+@dataclass(frozen=True)
+class CompressResult:
+    """The compressed model and its original."""
+
+    path: Path
+    chain: str
+    length: int  # tokens of the sequence that was timed
+    before: Side
+    after: Side
+    notes: list[str]
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Label and value, with its unit."""
+        before, after = self.before, self.after
+        rows = [
+            ("model", str(self.path)),
+            ("made by", self.chain),
+            ("parameters", f"{before.parameters / 1e6:.2f} M -> {after.parameters / 1e6:.2f} M"),
+            (
+                "size on disk",
+                f"{before.disk_bytes / 1e6:.1f} MB -> {after.disk_bytes / 1e6:.1f} MB, "
+                f"{before.disk_bytes / after.disk_bytes:.1f}x smaller",
+            ),
+            (
+                f"latency, 1 × {self.length} tokens, one thread",
+                f"{before.latency_ms:.1f} ms -> {after.latency_ms:.1f} ms, "
+                f"{before.latency_ms / after.latency_ms:.1f}x faster",
+            ),
+        ]
+        if before.scores is not None and after.scores is not None:
+            for name, value in after.scores.items():
+                rows.append((name.replace("_", " "), f"{before.scores[name]:.2%} -> {value:.2%}"))
+            assert before.score is not None
+            assert after.score is not None
+            rows.append(("retained", f"{after.score / before.score:.1%} of the score"))
+        else:
+            rows.append(("quality", "not measured, and nothing was trained: give --task"))
+        return rows + [("note", note) for note in self.notes]
+
+
+def compress_model(
+    source: str,
+    method: str,
+    output: Path,
+    *,
+    task: str | None = None,
+    data: str | None = None,
+    overrides: Sequence[str] = (),
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> CompressResult:
+    """Compress the model `source` by a chain, and measure both side by side.
+
+    With a task, each step recovers by distillation from `source`, and both are scored. Without, nothing is
+    trained, and methods that look at examples refuse. What is finished in `output` is not repeated.
+
+    Raises:
+        UserError: as `parse_chain` and `run_chain`; a folder that holds something else.
+        RunError: a failure while training.
+    """
+    chain = parse_chain(method, overrides)
+    found = None if task is None else find_task(task)
+    _check_output(output)
+    if found is None:
+        made, notes = _without_task(source, chain, output, seed), list[str]()
+    else:
+        context = ChainContext(
+            teacher=source, task=found, data=data, output=output, max_length=_length(source), say=say
+        )
+        made = run_chain(chain, context, seed)
+        notes = chain_record(chain, context, seed).notes
+    return finish_single(source, made, chain, output, found, data, notes)
+
+
+def finish_single(
+    source: str,
+    made: Path,
+    chain: Chain,
+    output: Path,
+    task: Task | None,
+    data: str | None,
+    notes: Sequence[str] = (),
+) -> CompressResult:
+    """Measure the model in the folder `made` beside the original, and leave it in `output`, with its card."""
+    original, length = model_folder(source), _length(source)
+    folders = {"before": original, "after": made}
+    timings = measure(folders, threads=[1], batch_sizes=[1], length=length, load=_loader(original))
+    sides = {}
+    for name, folder in folders.items():
+        model, scores = _loader(original)(folder), None
+        if task is not None:
+            model, tokenizer = load_task_model(str(folder), task, new_head=False)
+            held_out = encode(task, read_examples(task, data, "validation"), tokenizer, length)
+            scores = evaluate_task(model, task, held_out)
+        score = None if scores is None or task is None else mean_score(task, scores)
+        latency = timings[name][0].p50_ms
+        sides[name] = Side(count_parameters(model), bytes_on_disk(folder), latency, scores, score)
+    result = CompressResult(output / "model", chain.name, length, sides["before"], sides["after"], [*notes])
+    _publish(made, output / "model")
+    plain = {**asdict(result), "path": "model"}
+    write_durably(output / "result.json", (json.dumps(plain, indent=2) + "\n").encode())
+    return result
+
+
+def _without_task(source: str, chain: Chain, output: Path, seed: int) -> Path:
+    for step in chain.steps:
+        if step.is_recipe:
+            raise UserError(f"{step} trains a student for a task: add --task NAME")
+        if step.name == "prune-movement":
+            raise UserError(f"{step} learns what to prune while it trains: add --task NAME")
+    torch.manual_seed(seed)
+    model: Any = load(source)
+    for step in chain.steps:
+        options = step.method_options()
+        model = step.method.finish(step.method.apply(model, options, None), options)
+    folder = output / "models" / "untrained"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(str(folder))
+    load_tokenizer(source, masks=False).save_pretrained(str(folder))
+    return folder
+
+
+def _length(source: str) -> int:
+    return min(LENGTH, max_positions(load(model_folder(source))))
+
+
+def _loader(original: Path) -> Callable[[Path], Any]:
+    """The original in float32, whatever its file has; another in the precision of its own."""
+    return lambda folder: load(folder, dtype=torch.float32 if folder == original else None)
+
+
+def _check_output(output: Path) -> None:
+    if output.is_dir() and any(output.iterdir()) and not (output / "models").is_dir():
+        raise UserError(
+            f"output {output} is not empty and holds no compressed model: choose another --output"
+        )
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file, not a folder")
+
+
+def _publish(made: Path, folder: Path) -> None:
+    aside = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(made, aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)

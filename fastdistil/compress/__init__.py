@@ -1,0 +1,1 @@
+"""Smaller forms of one model: pruning, int8, low rank, sharing, clustering."""

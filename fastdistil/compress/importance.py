@@ -1,0 +1,142 @@
+"""How much the heads of a layer, or its FFN neurons, matter: what is least important is pruned.
+
+- "magnitude": the L2 norm of the group's weights, over all matrices that hold some of them.
+- "taylor": how much the loss would change, to first order, without the group. With a gate g = 1 on its
+  output, the mean over examples of |dL/dg| (Michel et al. 2019, "Are Sixteen Heads Really Better than One?",
+  equation 2; for neurons Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning",
+  section 3).
+- "activation": the mean of |activation| over the tokens, padding left out.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastdistil.compress.blocks import Block
+from fastdistil.compress.method import Calibration
+from fastdistil.errors import UserError
+
+Importance = Literal["magnitude", "taylor", "activation"]
+Group = Literal["heads", "neurons"]
+
+
+def choose(importance: Importance | None, calibration: Calibration | None, method: str) -> Importance:
+    """What was asked for, or by default what prunes best without training afterwards."""
+    if importance is None:
+        return "magnitude" if calibration is None else "taylor"
+    if importance != "magnitude" and calibration is None:
+        raise UserError(
+            f"{method}: importance {importance!r} is measured on training examples: name a task, "
+            "or set importance to 'magnitude'"
+        )
+    return importance
+
+
+def importances(
+    model: Any,
+    blocks: Sequence[Block],
+    group: Group,
+    importance: Importance,
+    calibration: Calibration | None,
+) -> list[Tensor]:
+    """For each block the importance of its heads (H,) or neurons (F,), float64 on the CPU."""
+    if importance == "magnitude":
+        return [_magnitude(block, group) for block in blocks]
+    assert calibration is not None
+    if importance == "taylor":
+        return _taylor(model, blocks, group, calibration)
+    return _activation(model, blocks, group, calibration)
+
+
+def comparable(scores: Sequence[Tensor], importance: Importance) -> list[Tensor]:
+    """The scores, so that those of different layers may be compared.
+
+    Changes of the loss may be as they are. Norms of weights and activations are divided by the norm of their
+    layer's, as layers have them of different scale.
+    """
+    if importance == "taylor":
+        return list(scores)
+    return [score / score.norm().clamp(min=1e-30) for score in scores]
+
+
+def _magnitude(block: Block, group: Group) -> Tensor:
+    names = block.names
+    if group == "heads":
+        inputs, output = names.projections, names.attention_output
+    else:
+        inputs, output = (names.ffn_input,), names.ffn_output
+    columns = block.part(output).weight.detach().double().square().sum(0).cpu()
+    for name in inputs:
+        linear = block.part(name)
+        rows = linear.weight.detach().double().square().sum(1)
+        if linear.bias is not None:
+            rows = rows + linear.bias.detach().double().square()
+        # Each output column belongs to one row, or three of a fused projection, or two of a gated neuron.
+        columns = columns + rows.cpu().unflatten(0, (-1, len(columns))).sum(0)
+    return columns.unflatten(0, (_count(block, group), -1)).sum(1).sqrt()
+
+
+def _taylor(model: Any, blocks: Sequence[Block], group: Group, calibration: Calibration) -> list[Tensor]:
+    gates: dict[int, Tensor] = {}
+
+    def gate(index: int, states: Tensor) -> Tensor:  # states (B, L, F)
+        count = _count(blocks[index], group)
+        ones = states.new_ones(len(states), 1, count, 1, requires_grad=True)
+        gates[index] = ones
+        return (states.unflatten(-1, (count, -1)) * ones).flatten(-2)
+
+    totals = [torch.zeros(_count(block, group), dtype=torch.float64) for block in blocks]
+    examples = 0
+    with _hooked(blocks, group, gate), torch.enable_grad():
+        for batch in calibration.batches:
+            loss = calibration.loss(model, batch)
+            found = torch.autograd.grad(loss, [gates[index] for index in range(len(blocks))])
+            rows = len(batch.input_ids)
+            for total, gradient in zip(totals, found, strict=True):
+                # The loss is a mean over the batch, and a gate is of one of its examples alone.
+                total += (rows * gradient.double().abs()).sum(0).flatten().cpu()
+            examples += rows
+    return [total / examples for total in totals]
+
+
+def _activation(model: Any, blocks: Sequence[Block], group: Group, calibration: Calibration) -> list[Tensor]:
+    totals = [torch.zeros(_count(block, group), dtype=torch.float64) for block in blocks]
+    mask = torch.empty(0)
+
+    def add(index: int, states: Tensor) -> Tensor:  # states (B, L, F)
+        per_head = states.detach().double().abs().unflatten(-1, (_count(blocks[index], group), -1)).mean(-1)
+        totals[index] += (per_head * mask[..., None]).sum((0, 1)).cpu()
+        return states
+
+    tokens = 0
+    with _hooked(blocks, group, add), torch.no_grad():
+        for batch in calibration.batches:
+            mask = batch.attention_mask.double()
+            calibration.loss(model, batch)
+            tokens += int(mask.sum())
+    return [total / tokens for total in totals]
+
+
+def _count(block: Block, group: Group) -> int:
+    return block.num_heads if group == "heads" else block.num_neurons
+
+
+@contextmanager
+def _hooked(blocks: Sequence[Block], group: Group, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+    """With what the output matrices read, heads' outputs or neurons, passed through `change`."""
+
+    def hook(index: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
+        return lambda module, inputs: (change(index, inputs[0]),)
+
+    handles = []
+    for index, block in enumerate(blocks):
+        name = block.names.attention_output if group == "heads" else block.names.ffn_output
+        handles.append(block.part(name).register_forward_pre_hook(hook(index)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,77 @@
+"""Movement pruning: the weights that training moves towards zero go (Sanh et al. 2020).
+
+    W' = W ⊙ Top_v(S),   ∂L/∂S = ∂L/∂W' ⊙ W      (section 4, the straight-through estimator)
+
+so that a score rises where a step makes its weight larger in magnitude. Top_v keeps the share v of each
+matrix.
+
+The paper gives the scores a learning rate of their own (1e-2, weights 3e-5). Top_v only compares scores of
+one matrix with each other, and they start from zero, so a factor on all of them changes no mask: they are
+trained with the weights' learning rate, and without weight decay.
+"""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from fastdistil.compress.encoded import code_of, coded_weights, weights_to_compress
+from fastdistil.compress.method import Calibration, Method
+from fastdistil.compress.weight_masks import add_mask, bake, count_zeros
+from fastdistil.errors import UserError
+from fastdistil.schema import Section
+
+NAME = "prune-movement"
+
+
+class Options(Section):
+    sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of each matrix that becomes zero")
+    embeddings: bool = Field(default=False, description="prune the embeddings, too")
+    steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps of the recovery, in which the scores are learned"
+    )
+    warmup: float = Field(
+        default=0.1, ge=0, lt=1, description="share of the steps at the start without a mask"
+    )
+    cooldown: float = Field(
+        default=0.3, ge=0, lt=1, description="share of the steps at the end with the full sparsity"
+    )
+
+    @model_validator(mode="after")
+    def _shares(self) -> "Options":
+        if self.warmup + self.cooldown >= 1:
+            raise ValueError(f"warmup + cooldown must be < 1, got {self.warmup + self.cooldown:g}")
+        return self
+
+
+def _apply(model: Any, options: Options, calibration: Calibration | None) -> Any:
+    if options.steps is None:
+        raise UserError(f"{NAME} learns in the recovery which weights to keep: give it recovery steps")
+    schedule = {"steps": options.steps, "warmup": options.warmup, "cooldown": options.cooldown}
+    for path, module in weights_to_compress(model, NAME, embeddings=options.embeddings):
+        zeros = count_zeros(module.weight.numel(), options.sparsity)
+        add_mask(model, path, {"rule": "movement", "zeros": zeros, **schedule})
+    return model
+
+
+def _finish(model: Any, options: Options) -> Any:
+    masks = [code_of(model.get_submodule(path)) for path, _ in coded_weights(model, "masked")]
+    if not all(mask.scores.any() for mask in masks):
+        raise UserError(
+            f"{NAME}: the model was not trained, so no weight has a score: give it recovery steps"
+        )
+    return bake(model)
+
+
+METHODS = (
+    Method(
+        name=NAME,
+        kind="pruning",
+        description="the weights that training moves towards zero become zero; stored sparse",
+        paper="Sanh et al. 2020, arXiv:2005.07683",
+        options=Options,
+        main="sparsity",
+        apply=_apply,
+        finish=_finish,
+        uses_steps=True,
+    ),
+)

@@ -1,0 +1,242 @@
+"""int8, bfloat16 and ONNX Runtime as steps of a chain."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from fastdistil.compress.encoded import densify
+from fastdistil.compress.fake_quant import add_fake_quantisation, remove_fake_quantisation
+from fastdistil.compress.method import Calibration, Method
+from fastdistil.compress.quantize_choice import fastest
+from fastdistil.compress.quantize_onnx import int8_onnx_model, onnx_model
+from fastdistil.compress.quantize_torchao import calibrate, quantize_layers
+from fastdistil.compress.replacements import replacements
+from fastdistil.errors import UserError
+from fastdistil.schema import Section
+
+Backend = Literal["auto", "onnxruntime", "torchao"]
+
+# A matrix or table with fewer rows holds next to nothing: a task's last layer, the token types.
+_FEWEST_ROWS = 16
+_JACOB = "Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Inference"
+
+
+class Int8Options(Section):
+    backend: Backend = Field(
+        default="auto",
+        description="onnxruntime: an ONNX folder; torchao: int8 layers in the PyTorch model; auto: what is "
+        "faster here of those that keep the loss, both are measured",
+    )
+    embeddings: bool = Field(default=True, description="whether the embedding tables are int8, too")
+    max_loss_increase: float = Field(
+        default=0.05, ge=0, description="of the loss on the calibration examples, that auto accepts"
+    )
+
+
+class StaticOptions(Int8Options):
+    batches: int = Field(default=16, ge=1, description="of the calibration examples that set the scales")
+
+
+class QatOptions(Section):
+    backend: Literal["onnxruntime", "torchao"] = Field(
+        default="onnxruntime", description="whose rounding is learnt, and what the int8 model then runs on"
+    )
+    embeddings: bool = Field(default=True, description="whether the embedding tables are int8, too")
+
+
+class OnnxOptions(Section):
+    opset: int | None = Field(default=None, description="of ONNX; None: the exporter's default")
+
+
+class NoOptions(Section):
+    pass
+
+
+def apply_dynamic(model: Any, options: Int8Options, calibration: Calibration | None) -> Any:
+    model = _float_model(model, "int8")
+    builders = {
+        "onnxruntime": partial(_onnxruntime, model, options, "dynamic", calibration),
+        "torchao": partial(_torchao, model, options, None),
+    }
+    return _by_backend(model, options, builders, calibration)
+
+
+def apply_static(model: Any, options: StaticOptions, calibration: Calibration | None) -> Any:
+    if calibration is None or not calibration.batches:
+        raise UserError(
+            "int8-static sets its scales on a task's training examples: give a task, or take int8"
+        )
+    model = _float_model(model, "int8-static")
+    few = Calibration(calibration.batches[: options.batches], calibration.loss)
+    builders = {
+        "onnxruntime": partial(_onnxruntime, model, options, "static", few),
+        "torchao": partial(_torchao, model, options, few),
+    }
+    return _by_backend(model, options, builders, calibration)
+
+
+def apply_qat(model: Any, options: QatOptions, calibration: Calibration | None) -> Any:
+    model = _float_model(model, "int8-qat")
+    if options.backend == "torchao":
+        paths = layers_to_quantize(model, embeddings=options.embeddings)
+        return add_fake_quantisation(model, paths, "row")
+    _require_embeddings(options)
+    # ONNX Runtime leaves none in float, however small.
+    paths = layers_to_quantize(model, embeddings=True, fewest_rows=1)
+    return add_fake_quantisation(model, paths, "tensor")
+
+
+def finish_qat(model: Any, options: QatOptions) -> Any:
+    paths = remove_fake_quantisation(model)
+    if options.backend == "torchao":
+        return quantize_layers(model, paths)
+    return int8_onnx_model(model.eval(), "dynamic")
+
+
+def apply_embeddings(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
+    model = _float_model(model, "int8-embeddings")
+    tables = [
+        path
+        for path in layers_to_quantize(model, embeddings=True)
+        if isinstance(model.get_submodule(path), nn.Embedding)
+    ]
+    if not tables:
+        raise UserError(f"int8-embeddings: {type(model).__name__} has no embedding table that is its own")
+    return quantize_layers(model, tables)
+
+
+def apply_bf16(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
+    _refuse_quantised(model, "bf16")
+    return model.to(torch.bfloat16)
+
+
+def apply_onnx(model: Any, options: OnnxOptions, calibration: Calibration | None) -> Any:
+    _refuse_quantised(model, "onnx", allowed=("int8_embedding",))
+    return onnx_model(densify(model), opset=options.opset)
+
+
+def apply_onnx_int8(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
+    batches = None if calibration is None else calibration.batches
+    return int8_onnx_model(_float_model(model, "onnx-int8"), "dynamic", batches)
+
+
+def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWEST_ROWS) -> list[str]:
+    """Paths of the linear layers, and of the embedding tables if wanted.
+
+    Left in float are matrices and tables of fewer than `fewest_rows`, and a matrix that two layers have in
+    common, such as the word embeddings that are the output of a language model.
+
+    Raises `UserError` if nothing is left.
+    """
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, set()).add(module)
+    wanted = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
+    paths: list[str] = []
+    seen = set()
+    # A layer that is shared stands at several paths; where it is not its parent that is shared, each counts.
+    for path, module in model.named_modules(remove_duplicate=False):
+        if type(module) not in wanted or len(module.weight) < fewest_rows or len(owners[module.weight]) > 1:
+            continue
+        parent, _, name = path.rpartition(".")
+        place = (model.get_submodule(parent), name)
+        if place not in seen:
+            seen.add(place)
+            paths.append(path)
+    if not paths:
+        raise UserError(f"{type(model).__name__} has no layer that int8 would make smaller")
+    return paths
+
+
+def _float_model(model: Any, method: str) -> Any:
+    """`model` with plain float weights; what a coding has made of them stays."""
+    _refuse_quantised(model, method)
+    return densify(model)
+
+
+def _refuse_quantised(model: Any, method: str, allowed: tuple[str, ...] = ()) -> None:
+    facts = getattr(model.config, "fastdistil", None) or {}
+    if "runtime" in facts:
+        done = f"an {'int8 ' if facts.get('quantized') else ''}model of {facts['runtime']}"
+    elif kinds := {spec["kind"] for _, spec in replacements(model) if "int8" in spec["kind"]} - {*allowed}:
+        done = f"quantised ({', '.join(sorted(kinds))})"
+    elif model.dtype in (torch.bfloat16, torch.float16):
+        done = str(model.dtype).removeprefix("torch.")
+    else:
+        return
+    raise UserError(f"{method}: the model is {done} already; apply {method} to the float model instead")
+
+
+def _by_backend(
+    model: Any,
+    options: Int8Options,
+    builders: Mapping[str, Callable[[], Any]],
+    calibration: Calibration | None,
+) -> Any:
+    if options.backend == "auto":
+        return fastest(model, builders, calibration, options.max_loss_increase)
+    return builders[options.backend]()
+
+
+def _onnxruntime(
+    model: Any, options: Int8Options, mode: Literal["dynamic", "static"], calibration: Calibration | None
+) -> Any:
+    _require_embeddings(options)
+    return int8_onnx_model(model, mode, None if calibration is None else calibration.batches)
+
+
+def _require_embeddings(options: Int8Options | QatOptions) -> None:
+    if not options.embeddings:
+        raise UserError("embeddings: false is for the backend torchao; with onnxruntime they are int8")
+
+
+def _torchao(model: Any, options: Int8Options, calibration: Calibration | None) -> Any:
+    import copy
+
+    model = copy.deepcopy(model) if options.backend == "auto" else model
+    paths = layers_to_quantize(model, embeddings=options.embeddings)
+    scales = None if calibration is None else calibrate(model, paths, calibration.batches)
+    return quantize_layers(model, paths, scales)
+
+
+def _method(name: str, description: str, options: type[Section], apply: Any, **keywords: Any) -> Method:
+    keywords = {"kind": "quantisation", "paper": _JACOB, "main": None, "recovers": False} | keywords
+    return Method(name=name, description=description, options=options, apply=apply, **keywords)
+
+
+METHODS = (
+    _method(
+        "int8",
+        "int8 weights and embeddings, activations rounded as they come",
+        Int8Options,
+        apply_dynamic,
+        main="backend",
+    ),
+    _method(
+        "int8-static",
+        "int8 with the activations' scales set beforehand, on examples",
+        StaticOptions,
+        apply_static,
+        main="backend",
+    ),
+    _method(
+        "int8-qat",
+        "int8 that the model learns to live with, in distillation from the float teacher",
+        QatOptions,
+        apply_qat,
+        main="backend",
+        finish=finish_qat,
+        recovers=True,
+    ),
+    _method("int8-embeddings", "int8 embedding tables, a scale for each row", NoOptions, apply_embeddings),
+    _method("bf16", "weights and arithmetic in bfloat16", NoOptions, apply_bf16, paper=None),
+    _method(
+        "onnx", "float32 on ONNX Runtime", OnnxOptions, apply_onnx, kind="runtime", paper=None, main="opset"
+    ),
+    _method("onnx-int8", "int8 on ONNX Runtime: int8 with backend onnxruntime", NoOptions, apply_onnx_int8),
+)

@@ -1,0 +1,1 @@
+"""Models for other runtimes: ONNX Runtime and ExecuTorch; each is verified against PyTorch."""

@@ -1,0 +1,86 @@
+"""`fastdistil compress` of one model: with a task and without, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from fastdistil.compare.single import compress_model
+from fastdistil.compress.store import load
+from fastdistil.errors import UserError
+
+
+def test_without_a_task_the_weights_are_only_compressed(task_encoder: Path, tmp_path: Path) -> None:
+    result = compress_model(str(task_encoder), "prune-ffn:0.5", tmp_path / "out")
+    model = AutoModel.from_pretrained(result.path, add_pooling_layer=False)
+    assert model.config.intermediate_size == 24
+    before, after = result.before, result.after
+    # 24 of 48 neurons of 4 layers: a row and a bias of one matrix, a column of the other.
+    assert before.parameters - after.parameters == 4 * 24 * (2 * 32 + 1)
+    assert after.disk_bytes < before.disk_bytes
+    assert ("quality", "not measured, and nothing was trained: give --task") in result.rows()
+
+
+def test_with_a_task_both_models_are_scored(
+    finetuned: Callable[[str], Path], tasks: Path, tmp_path: Path
+) -> None:
+    result = compress_model(
+        str(finetuned("sst2")),
+        "prune-heads:0.5",
+        tmp_path / "out",
+        task="sst2",
+        data=str(tasks),
+        overrides=["recover.run.steps=2", "recover.run.precision=fp32"],
+        say=lambda text: None,
+    )
+    assert result.before.score is not None
+    assert result.before.score > 0.7
+    plain = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert plain["after"]["scores"] == result.after.scores
+    assert load(tmp_path / "out" / "model").config.fastdistil["replacements"]
+
+
+def test_the_same_command_again_makes_nothing_again(
+    finetuned: Callable[[str], Path], tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastdistil.train.run as train_run
+
+    def once() -> dict[str, Any]:
+        result = compress_model(
+            str(finetuned("sst2")),
+            "prune-ffn:0.5",
+            tmp_path / "out",
+            task="sst2",
+            data=str(tasks),
+            overrides=["recover.run.steps=2", "recover.run.precision=fp32"],
+            say=lambda text: None,
+        )
+        return dict(load(result.path).state_dict())
+
+    first = once()
+    monkeypatch.setattr(train_run, "run", lambda *_, **__: pytest.fail("trained again"))
+    second = once()
+    assert all(torch.equal(second[name], weight) for name, weight in first.items())
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("kd", "kd trains a student for a task: add --task NAME"),
+        ("prune-movement", "prune-movement learns what to prune while it trains: add --task NAME"),
+        ("low-rank:0.5:3", "low-rank.ratio"),
+    ],
+)
+def test_what_needs_a_task_says_so(task_encoder: Path, tmp_path: Path, method: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        compress_model(str(task_encoder), method, tmp_path / "out")
+
+
+def test_a_folder_of_something_else_is_refused(task_encoder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no compressed model"):
+        compress_model(str(task_encoder), "prune-ffn", tmp_path)
