@@ -1,6 +1,7 @@
 """All that the models of a comparison cost to run: time, throughput, memory and energy."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 
 from fastdistil.compare.energy import find_meter
-from fastdistil.compare.machine import describe_machine, memory_bytes
+from fastdistil.compare.machine import describe_machine, memory_bytes, usable_cpus
 from fastdistil.compare.measure import joules_per_sequence, measure, memory_groups, throughput
 from fastdistil.compare.results import Timing
 from fastdistil.compress.store import load
@@ -72,16 +73,18 @@ def measure_costs(
     """
     teacher = next(iter(folders))
     peaks, failures, notes = {}, {}, []
-    for name, folder in folders.items():
-        try:
-            dtype = torch.float32 if name == teacher else None
-            peaks[name] = measure_peak_memory(
-                folder, length=setting.length, device=setting.device, dtype=dtype
-            )
-        except RunError as error:
-            if name == teacher:
-                raise
-            failures[name] = str(error)
+    # Each has a process of its own, of which the most time goes to imports.
+    with ThreadPoolExecutor(min(4, usable_cpus())) as pool:
+        found = pool.map(
+            lambda name: _peak_or_error(folders[name], setting, is_teacher=name == teacher), folders
+        )
+        for name, peak in zip(folders, found, strict=True):
+            if isinstance(peak, int):
+                peaks[name] = peak
+            elif name == teacher:
+                raise peak
+            else:
+                failures[name] = str(peak)
     groups = memory_groups(peaks, _memory_budget(setting.device))
     if len(groups) > 1:
         notes.append(
@@ -116,6 +119,18 @@ def measure_costs(
             )
         costs[name] = Cost(timings[name], throughput(timings[name]), peaks[name], joules)
     return Measured(setting.key, dict(fingerprints), costs, failures, notes)
+
+
+def _peak_or_error(folder: Path, setting: Setting, *, is_teacher: bool) -> int | RunError:
+    try:
+        return measure_peak_memory(
+            folder,
+            length=setting.length,
+            device=setting.device,
+            dtype=torch.float32 if is_teacher else None,
+        )
+    except RunError as error:
+        return error
 
 
 def _memory_budget(device: str) -> int | None:

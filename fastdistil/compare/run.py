@@ -43,20 +43,6 @@ from fastdistil.models.task import load_task_model
 from fastdistil.schema import Section
 
 TEACHER = "teacher"
-# One of each class, and three chains.
-METHODS = (
-    "kd",
-    "prune-magnitude",
-    "prune-heads",
-    "prune-ffn",
-    "low-rank",
-    "share-layers",
-    "cluster",
-    "int8",
-    "kd+int8",
-    "prune-heads+prune-ffn+int8",
-    "kd+prune-ffn+int8",
-)
 _SPAN_LENGTH = 384  # of a question and a window of its context, as in BERT's code for SQuAD
 
 
@@ -66,9 +52,7 @@ class CompareConfig(Section):
     teacher: str = Field(description="Folder or hub id of a model with a head for the task.")
     task: str = Field(description="Name of the task.")
     data: str | None = Field(None, description="Folder of the task's files; null: the hub.")
-    methods: list[str] = Field(
-        list(METHODS), min_length=1, description="Chains, such as kd+prune-ffn:0.5+int8."
-    )
+    methods: list[str] = Field(min_length=1, description="Chains, such as kd+prune-ffn:0.5+int8.")
     output: Path = Field(description="Folder of the comparison. One that was interrupted goes on.")
     seeds: int = Field(3, ge=1, description="Runs of each method that trains.")
     overrides: list[str] = Field([], description="NAME.KEY=VALUE, as of `parse_chain`.")

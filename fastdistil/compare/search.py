@@ -105,8 +105,8 @@ def parse_size(text: str) -> int:
 def candidate_chains(num_layers: int, hidden_size: int) -> list[str]:
     """The chains that a search looks at, the mildest first, that is in the order of the score to expect.
 
-    The order is by the parameters that remain in the layers, which cost more score than those of the
-    embeddings. Layers go first, so that chains of the same depth share their first step.
+    The order is by the parameters that remain in the layers; those of the embeddings cost less score. Layers
+    go first in a chain, so that chains of the same depth share that step.
     """
     embeddings = f"factorize-embeddings:{max(1, hidden_size // 4)}"
     halves = "prune-heads:0.5+prune-ffn:0.5"
@@ -114,18 +114,28 @@ def candidate_chains(num_layers: int, hidden_size: int) -> list[str]:
     def layers(share: float) -> str:
         return f"prune-layers:{max(1, round(share * num_layers))}"
 
-    chains = ["bf16", "onnx-int8", "prune-ffn:0.5+onnx-int8"]
-    chains += [f"{layers(2 / 3)}+onnx-int8", f"{halves}+onnx-int8"]
-    for share in (1 / 2, 1 / 3, 1 / 4):
-        depth = layers(share)
-        chains += [
-            f"{depth}+onnx-int8",
-            f"{depth}+{embeddings}+onnx-int8",
-            f"{depth}+prune-ffn:0.5+onnx-int8",
-        ]
-    chains += [f"{layers(1 / 4)}+{halves}+onnx-int8", f"{layers(1 / 6)}+prune-ffn:0.5+onnx-int8"]
-    chains += [f"{layers(1 / 6)}+{embeddings}+prune-heads:0.5+prune-ffn:0.75+onnx-int8"]
-    chains += [f"prune-layers:1+{embeddings}+prune-heads:0.5+prune-ffn:0.75+onnx-int8"]
+    half, third, quarter, sixth = (layers(share) for share in (1 / 2, 1 / 3, 1 / 4, 1 / 6))
+    three_quarters = f"{embeddings}+prune-heads:0.5+prune-ffn:0.75"
+    chains = [
+        "bf16",
+        "onnx-int8",
+        "prune-ffn:0.5+onnx-int8",
+        f"{layers(2 / 3)}+onnx-int8",
+        f"{halves}+onnx-int8",
+        f"{half}+onnx-int8",
+        f"{half}+{embeddings}+onnx-int8",
+        f"{half}+prune-ffn:0.5+onnx-int8",
+        f"{third}+onnx-int8",
+        f"{third}+{embeddings}+onnx-int8",
+        f"{quarter}+onnx-int8",
+        f"{quarter}+{embeddings}+onnx-int8",
+        f"{third}+prune-ffn:0.5+onnx-int8",
+        f"{quarter}+prune-ffn:0.5+onnx-int8",
+        f"{quarter}+{halves}+onnx-int8",
+        f"{sixth}+prune-ffn:0.5+onnx-int8",
+        f"{sixth}+{three_quarters}+onnx-int8",
+        f"prune-layers:1+{three_quarters}+onnx-int8",
+    ]
     # A shallow model has the same depth for several shares; what keeps all layers is no pruning.
     return [chain for chain in dict.fromkeys(chains) if f"prune-layers:{num_layers}" not in chain.split("+")]
 

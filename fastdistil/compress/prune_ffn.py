@@ -30,10 +30,10 @@ class PruneFFNOptions(Section):
         "of all",
     )
     round_to: int = Field(8, ge=1, description="widths are multiples of it, for the vector units")
-    reconstruct: bool = Field(
-        False,
+    reconstruct: bool | None = Field(
+        None,
         description="refit the second matrix by ridge regression, so that on the examples it gives what it "
-        "gave with all neurons, as nearly as it can",
+        "gave with all neurons, as nearly as it can; default where there are examples",
     )
 
 
@@ -54,8 +54,7 @@ def prune_ffn(model: Any, options: PruneFFNOptions, calibration: Calibration | N
     scores = importances(model, blocks, "neurons", importance, calibration)
     kept = kept_neurons(scores, options.ratio, options.scope, importance, options.round_to)
     moments: Sequence[Moments | None] = [None] * len(blocks)
-    if options.reconstruct:
-        assert calibration is not None
+    if options.reconstruct is not False and calibration is not None:
         moments = output_moments(model, blocks, calibration)
     for block, neurons, moment in zip(blocks, kept, moments, strict=True):
         if moment is not None:

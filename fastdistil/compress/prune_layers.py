@@ -21,11 +21,11 @@ class PruneLayersOptions(Section):
     ratio: float | None = Field(
         None, ge=0, lt=1, description="part of the layers to remove, instead of num_layers"
     )
-    by: By | None = Field(
-        None,
+    by: By = Field(
+        "spread",
         description="which layers go: those between evenly spread ones ('spread'), the last ('top'), the "
-        "first ('bottom'), or one after another the one without which the loss is lowest ('importance'); "
-        "default 'importance' where there are examples to measure it on, else 'spread'",
+        "first ('bottom'), or one after another the one without which the loss is lowest ('importance', "
+        "many passes over the examples)",
     )
 
 
@@ -42,10 +42,9 @@ def prune_layers(model: Any, options: PruneLayersOptions, calibration: Calibrati
     """
     depth = len(find_blocks(model))
     count = _count(options, depth)
-    by = options.by or ("spread" if calibration is None else "importance")
     # ModernBERT's first layer alone has no norm before its attention, so that no other can take its place.
     first_stays = model.config.model_type == "modernbert"
-    match by:
+    match options.by:
         case "spread":
             kept = spread_layers(depth, count)
         case "top":

@@ -1,5 +1,6 @@
 """int8, bfloat16 and ONNX Runtime as steps of a chain."""
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -11,10 +12,12 @@ from torch import nn
 from fastdistil.compress.encoded import densify
 from fastdistil.compress.fake_quant import add_fake_quantisation, remove_fake_quantisation
 from fastdistil.compress.method import Calibration, Method
+from fastdistil.compress.outliers import separate_outliers
 from fastdistil.compress.quantize_choice import fastest
 from fastdistil.compress.quantize_onnx import int8_onnx_model, onnx_model
 from fastdistil.compress.quantize_torchao import calibrate, quantize_layers
 from fastdistil.compress.replacements import replacements
+from fastdistil.compress.store import cast
 from fastdistil.errors import UserError
 from fastdistil.schema import Section
 
@@ -32,6 +35,11 @@ class Int8Options(Section):
         "faster here of those that keep the loss, both are measured",
     )
     embeddings: bool = Field(default=True, description="whether the embedding tables are int8, too")
+    outliers: bool = Field(
+        default=True,
+        description="whether up to two inputs of a layer that dwarf all others, on calibration examples, are "
+        "multiplied in float",
+    )
     max_loss_increase: float = Field(
         default=0.05, ge=0, description="of the loss on the calibration examples, that auto accepts"
     )
@@ -60,7 +68,7 @@ def apply_dynamic(model: Any, options: Int8Options, calibration: Calibration | N
     model = _float_model(model, "int8")
     builders = {
         "onnxruntime": partial(_onnxruntime, model, options, "dynamic", calibration),
-        "torchao": partial(_torchao, model, options, None),
+        "torchao": partial(_torchao, model, options, calibration, static=False),
     }
     return _by_backend(model, options, builders, calibration)
 
@@ -74,7 +82,7 @@ def apply_static(model: Any, options: StaticOptions, calibration: Calibration | 
     few = Calibration(calibration.batches[: options.batches], calibration.loss)
     builders = {
         "onnxruntime": partial(_onnxruntime, model, options, "static", few),
-        "torchao": partial(_torchao, model, options, few),
+        "torchao": partial(_torchao, model, options, few, static=True),
     }
     return _by_backend(model, options, builders, calibration)
 
@@ -111,7 +119,7 @@ def apply_embeddings(model: Any, options: NoOptions, calibration: Calibration | 
 
 def apply_bf16(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
     _refuse_quantised(model, "bf16")
-    return model.to(torch.bfloat16)
+    return cast(model, torch.bfloat16)
 
 
 def apply_onnx(model: Any, options: OnnxOptions, calibration: Calibration | None) -> Any:
@@ -120,8 +128,8 @@ def apply_onnx(model: Any, options: OnnxOptions, calibration: Calibration | None
 
 
 def apply_onnx_int8(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
-    batches = None if calibration is None else calibration.batches
-    return int8_onnx_model(_float_model(model, "onnx-int8"), "dynamic", batches)
+    model = _float_model(model, "onnx-int8")
+    return _onnxruntime(model, Int8Options(), "dynamic", calibration)
 
 
 def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWEST_ROWS) -> list[str]:
@@ -187,7 +195,8 @@ def _onnxruntime(
     model: Any, options: Int8Options, mode: Literal["dynamic", "static"], calibration: Calibration | None
 ) -> Any:
     _require_embeddings(options)
-    return int8_onnx_model(model, mode, None if calibration is None else calibration.batches)
+    batches = None if calibration is None else calibration.batches
+    return int8_onnx_model(_prepared(model, options, calibration), mode, batches)
 
 
 def _require_embeddings(options: Int8Options | QatOptions) -> None:
@@ -195,13 +204,21 @@ def _require_embeddings(options: Int8Options | QatOptions) -> None:
         raise UserError("embeddings: false is for the backend torchao; with onnxruntime they are int8")
 
 
-def _torchao(model: Any, options: Int8Options, calibration: Calibration | None) -> Any:
-    import copy
-
-    model = copy.deepcopy(model) if options.backend == "auto" else model
+def _torchao(model: Any, options: Int8Options, calibration: Calibration | None, *, static: bool) -> Any:
+    model = _prepared(model, options, calibration)
     paths = layers_to_quantize(model, embeddings=options.embeddings)
-    scales = None if calibration is None else calibrate(model, paths, calibration.batches)
-    return quantize_layers(model, paths, scales)
+    if not static:
+        return quantize_layers(model, paths)
+    assert calibration is not None
+    return quantize_layers(model, paths, calibrate(model, paths, calibration.batches))
+
+
+def _prepared(model: Any, options: Int8Options, calibration: Calibration | None) -> Any:
+    """A copy of `model`, its outliers apart."""
+    model = copy.deepcopy(model)
+    if not options.outliers or calibration is None:
+        return model
+    return separate_outliers(model, layers_to_quantize(model, embeddings=False), calibration.batches)
 
 
 def _method(name: str, description: str, options: type[Section], apply: Any, **keywords: Any) -> Method:

@@ -1,16 +1,15 @@
 """int8 in the PyTorch model, as torchao quantises it: dynamic or static activations, int8 embeddings."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastdistil.compress.inputs import watch_inputs
 from fastdistil.compress.int8_modules import LEVELS, Int8Embedding, Int8Linear, quantize
 from fastdistil.compress.replacements import replace
 from fastdistil.data.batches import Batch
-from fastdistil.models.taps import accepted_inputs
 
 # What the largest activation is multiplied by to get a scale that is tried.
 _CLIPS = tuple(step / 16 for step in range(16, 3, -1))
@@ -54,8 +53,7 @@ def calibrate(model: Any, paths: Sequence[str], batches: Sequence[Batch]) -> dic
         value = x.abs().amax().float()
         largest[path] = torch.maximum(largest.get(path, value), value)
 
-    with _inputs_of(model, paths, see_largest):
-        _run(model, batches)
+    watch_inputs(model, paths, batches, see_largest)
     clips = torch.tensor(_CLIPS)
     scales = {
         path: (value * clips.to(value.device) / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
@@ -67,29 +65,5 @@ def calibrate(model: Any, paths: Sequence[str], batches: Sequence[Batch]) -> dic
         for i, scale in enumerate(scales[path]):
             errors[path][i] += (quantize(x, scale) * scale - x).float().square().sum()
 
-    with _inputs_of(model, paths, see_error):
-        _run(model, batches)
+    watch_inputs(model, paths, batches, see_error)
     return {path: scales[path][error.argmin()] for path, error in errors.items()}
-
-
-@contextmanager
-def _inputs_of(model: Any, paths: Sequence[str], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    def hook(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, inputs: see(path, inputs[0].detach())
-
-    handles = [
-        module.register_forward_pre_hook(hook(path))
-        for path in paths
-        if isinstance(module := model.get_submodule(path), nn.Linear)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _run(model: Any, batches: Sequence[Batch]) -> None:
-    with torch.inference_mode():
-        for batch in batches:
-            model(**accepted_inputs(model, batch.inputs))

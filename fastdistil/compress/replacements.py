@@ -73,8 +73,13 @@ def drop(model: Any, path: str, kind: str, module: nn.Module) -> None:
 
 
 def put(model: Any, path: str, module: nn.Module) -> None:
-    """Put `module` at `path` of the whole model; the config's list stays as it is."""
-    model.set_submodule(path, module, strict=True)
+    """Put `module` at `path` of the whole model, and wherever else the module stands that was there: layers
+    that share it go on sharing. The config's list stays as it is."""
+    old = model.get_submodule(path)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if child is old:
+                setattr(parent, name, module)
     declare_shared(model)
 
 
@@ -100,7 +105,7 @@ def rebuild(model: Any) -> None:
             put(model, path, builder(model.get_submodule(path), spec))
         except UserError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AssertionError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"the replacement {spec} of {path!r} in config.json does not fit {type(model).__name__} "
                 f"({error})"

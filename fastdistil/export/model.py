@@ -145,10 +145,8 @@ def _write(
     if read_exported(source) is not None:
         quantize_onnx(source, partial, calibration=examples)
         return model
-    if format == "onnx-int8" and _is_int8(model):
-        raise UserError(
-            f"{source} is in int8 already; export it as onnx, or the float model that it was made of"
-        )
+    if _is_int8(model):
+        raise UserError(f"{source} is in int8 already; export the float model that it was made of")
     tokenizer = load_fitting_tokenizer(source, model, masks=False)
     if format == "executorch":
         export_executorch(model, tokenizer, partial, max_length=max_length, examples=examples)
@@ -164,7 +162,7 @@ def _write(
 def _is_int8(model: Any) -> bool:
     from fastdistil.compress.replacements import replacements
 
-    return any("int8" in spec["kind"] for _, spec in replacements(model))
+    return any(spec["kind"] == "int8_linear" for _, spec in replacements(model))
 
 
 def _result(model: Any, partial: Path, output: Path, format: str, max_length: int) -> ExportResult:

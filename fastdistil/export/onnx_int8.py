@@ -44,9 +44,7 @@ def quantize_onnx(
     source = Path(source).expanduser()
     facts = read_exported(source)
     if facts is None or facts.runtime != "onnxruntime":
-        raise UserError(
-            f"{source}: not an exported ONNX model; export one first: fastdistil export --format onnx"
-        )
+        raise UserError(f"{source}: not an ONNX model; make one first: fastdistil export --format onnx")
     if facts.quantized is not None:
         raise UserError(f"{source}: is quantised already ({facts.quantized} int8); quantise the float model")
     if mode == "static" and not calibration:

@@ -82,8 +82,12 @@ def make_student(
     Raises:
         UserError: a layer that the teacher does not have, a depth above the teacher's, widths that cannot be
             copied or do not divide, a layer list that does not fit `num_layers`, an architecture that cannot
-            be made of the teacher.
+            be made of the teacher, a compressed teacher.
     """
+    if getattr(teacher.config, "fastdistil", None) is not None:
+        raise UserError(
+            f"no student can be made of a compressed {type(teacher).__name__}: distil first, then compress"
+        )
     family, depth = teacher.config.model_type, teacher.config.num_hidden_layers
     widths = {
         name: value

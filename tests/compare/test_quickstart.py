@@ -67,7 +67,7 @@ def tiny(monkeypatch):
 
     monkeypatch.setattr(machine_task, "library_table", table)
     assert task_files.read_hub("machine", "libraries", "train", set()) == table("train")
-    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
     monkeypatch.setattr(quickstart, "_SIZES", quickstart._SIZES | sizes)
     monkeypatch.setattr(quickstart, "_VOCAB_SIZE", 100)
     monkeypatch.setattr(

@@ -35,7 +35,8 @@ def test_pruned_model_equals_the_masked_one(
     scores = importances(masked, find_blocks(masked), "neurons", "taylor", calibration)
     kept = kept_neurons(scores, 0.6, scope, "taylor", 4)
     _mask_neurons(masked, kept)
-    prune_ffn(pruned, PruneFFNOptions(ratio=0.6, scope=scope, round_to=4), calibration)
+    options = PruneFFNOptions(ratio=0.6, scope=scope, round_to=4, reconstruct=False)
+    prune_ffn(pruned, options, calibration)
     assert [block.num_neurons for block in find_blocks(pruned)] == [len(neurons) for neurons in kept]
     torch.testing.assert_close(run(pruned), run(masked), rtol=1e-5, atol=1e-5)
     assert (run(pruned) - whole).abs().max() > 1e-2
@@ -221,3 +222,15 @@ def test_factorised_matrix_is_refused(tiny_bert: Any, tmp_path: Path) -> None:
     layer.output.dense = torch.nn.Sequential(torch.nn.Linear(48, 4), torch.nn.Linear(4, 32))
     with pytest.raises(UserError, match=r"layer\.0\.output\.dense is a Sequential"):
         prune_ffn(tiny_bert, PruneFFNOptions(), None)
+
+
+def test_where_there_are_examples_the_matrices_are_refitted(
+    build: Any, run: Any, calibration: Calibration
+) -> None:
+    outputs = []
+    for reconstruct in (None, True, False):
+        model = build("bert")
+        prune_ffn(model, PruneFFNOptions(ratio=0.5, round_to=4, reconstruct=reconstruct), calibration)
+        outputs.append(run(model))
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])

@@ -88,8 +88,7 @@ def test_importance_drops_the_layers_whose_loss_is_lowest_one_after_another(
     first = min(droppable, key=lambda layer: loss_without([layer]))
     second = min((i for i in droppable if i != first), key=lambda layer: loss_without([first, layer]))
     model = build(family, **_depth(family, 4))
-    # By default, where there are examples.
-    prune_layers(model, PruneLayersOptions(ratio=0.5), calibration)
+    prune_layers(model, PruneLayersOptions(ratio=0.5, by="importance"), calibration)
     assert _kept(model, build(family, **_depth(family, 4))) == sorted({0, 1, 2, 3} - {first, second})
 
 

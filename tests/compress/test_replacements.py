@@ -70,3 +70,11 @@ def test_bad_list_is_a_user_error(tiny_bert: Any, described: Any, message: str) 
     tiny_bert.config.fastdistil = described
     with pytest.raises(UserError, match=message):
         rebuild(tiny_bert)
+
+
+def test_a_module_that_layers_share_is_replaced_in_all_of_them(tiny_bert: Any) -> None:
+    first, second = (layer.intermediate for layer in tiny_bert.bert.encoder.layer)
+    second.dense = first.dense
+    replace(tiny_bert, DENSE, nn.Linear(32, 48), {"kind": "linear", "in_features": 32, "out_features": 48})
+    assert second.dense is tiny_bert.get_submodule(DENSE)
+    assert second.dense.in_features == 32

@@ -170,7 +170,9 @@ def test_a_model_that_the_exporter_refuses(
         return hidden if float(hidden.sum()) > 0 else -hidden  # the trace has no value to decide by
 
     monkeypatch.setattr(model.classifier, "forward", forward)
-    with pytest.raises(UserError, match="^BertForSequenceClassification cannot be exported to ONNX: [^\n]+$"):
+    with pytest.raises(
+        UserError, match=r"^BertForSequenceClassification cannot be exported to ONNX: [^\n]+$"
+    ):
         export_onnx(model, tokenizer, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

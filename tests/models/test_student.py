@@ -252,3 +252,9 @@ def test_a_distilbert_is_made_of_a_bert_alone(build):
 def test_modernbert_must_keep_its_first_layer(build):
     with pytest.raises(UserError, match="must start with 0 for ModernBERT"):
         make_student(build("modernbert"), teacher_layers=[1, 2])
+
+
+def test_no_student_is_made_of_a_compressed_model(tiny_model):
+    tiny_model.config.fastdistil = {"format": 1, "replacements": []}
+    with pytest.raises(UserError, match="distil first, then compress"):
+        make_student(tiny_model)

@@ -1,0 +1,83 @@
+"""Model cards: what made the model, whose licence it is under, how it is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastdistil.export.card import UNKNOWN, licence, model_card
+
+
+def _folder(path: Path, **config: object) -> Path:
+    path.mkdir()
+    plain = {"architectures": ["BertForSequenceClassification"], **config}
+    (path / "config.json").write_text(json.dumps(plain))
+    return path
+
+
+def _readme(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "README.md").write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\n\n# Model", "apache-2.0"),
+        ("---\ntags: [a]\n---\n\nlicense: mit", UNKNOWN),
+        ("license: mit", UNKNOWN),
+        ("---\nlicense: [unclosed\n---\n", UNKNOWN),
+        ("---\n- license\n---\n", UNKNOWN),
+    ],
+)
+def test_licence_is_that_of_the_front_matter(text: str, expected: str, tmp_path: Path) -> None:
+    assert licence(_readme(tmp_path / "teacher", text)) == expected
+
+
+def test_licence_of_what_has_no_card(tmp_path: Path) -> None:
+    assert licence(tmp_path) == licence("owner/on-the-hub") == UNKNOWN
+
+
+def test_card_hands_the_licence_on(tmp_path: Path) -> None:
+    teacher = _readme(tmp_path / "teacher", "---\nlicense: mit\n---\n")
+    student = _folder(tmp_path / "student")
+    text = model_card(student, title="t", command="c", made_of=teacher)
+    (student / "README.md").write_text(text)
+    assert licence(student) == "mit"
+
+
+def test_card_without_a_licence_says_whom_to_ask(tmp_path: Path) -> None:
+    text = model_card(_folder(tmp_path / "student"), title="t", command="c", made_of="a/teacher")
+    assert "license: unknown\n" in text
+    assert "Licence: unknown, `a/teacher` does not say it: ask its authors" in text
+
+
+def test_card_lists_steps_and_facts(tmp_path: Path) -> None:
+    text = model_card(
+        _folder(tmp_path / "m"),
+        title="sst2: pkd+int8",
+        command="fastdistil compare t --methods pkd+int8",
+        made_of="t",
+        steps=["Distilled.", "Quantised."],
+        facts=[("accuracy", "91.2%"), ("size | disk", "3 MB")],
+    )
+    assert "# sst2: pkd+int8\n" in text
+    assert "1. Distilled.\n2. Quantised.\n" in text
+    assert "| accuracy | 91.2% |\n| size \\| disk | 3 MB |\n" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "loader"),
+    [
+        ({}, "AutoModelForSequenceClassification.from_pretrained("),
+        ({"architectures": ["BertModel"]}, "AutoModel.from_pretrained("),
+        ({"fastdistil": {"replacements": []}}, "fastdistil.load("),
+        (
+            {"fastdistil": {"runtime": "onnxruntime", "file": "m.onnx", "parameters": 1}},
+            'onnxruntime.InferenceSession("path/to/this/folder/m.onnx")',
+        ),
+    ],
+)
+def test_card_says_how_the_model_is_loaded(config: dict[str, object], loader: str, tmp_path: Path) -> None:
+    assert loader in model_card(_folder(tmp_path / "m", **config), title="t", command="c", made_of="t")
