@@ -54,6 +54,9 @@ TaskName = Annotated[
 TaskFolder = Annotated[
     str | None, typer.Option(help="Folder of the task's files (parquet, tsv, json); without it, the hub.")
 ]
+AllowWeakTeacher = Annotated[
+    bool, typer.Option("--allow-weak-teacher", help="Learn from a teacher at chance level, too.")
+]
 ChainOverrides = Annotated[
     list[str] | None,
     typer.Option(
@@ -84,9 +87,7 @@ def train(
     seeds: Annotated[
         int | None, typer.Option(help="Run so many seeds; mean and deviation in the table.", min=2)
     ] = None,
-    allow_weak_teacher: Annotated[
-        bool, typer.Option("--allow-weak-teacher", help="Learn from a teacher at chance level, too.")
-    ] = False,
+    allow_weak_teacher: AllowWeakTeacher = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overrides: Annotated[
         list[str] | None,
@@ -293,6 +294,7 @@ def compare(
         typer.Option(help="Methods and chains, with commas between; default: one of each and three chains."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Of each method that trains.", min=1)] = 1,
+    allow_weak_teacher: AllowWeakTeacher = False,
     overrides: ChainOverrides = None,
     debug: Debug = False,
 ) -> None:
@@ -321,6 +323,7 @@ def compare(
             methods=names or list(DEFAULT_METHODS),
             output=output or Path(f"runs/compare-{task}"),
             seeds=seeds,
+            allow_weak_teacher=allow_weak_teacher,
             overrides=overrides or [],
         )
         run_comparison(config)

@@ -6,11 +6,11 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from importlib import import_module, metadata
-from pathlib import Path
 
 import torch
 
 import fastdistil
+from fastdistil.compare.machine import processor_name
 from fastdistil.ops import implementations
 from fastdistil.ops.matmul import native_bf16_products
 
@@ -56,7 +56,7 @@ def _devices() -> Rows:
     capability = torch.backends.cpu.get_cpu_capability()
     bf16 = "native" if native_bf16_products(torch.device("cpu")) else "emulated, slower than float32"
     rows = [
-        ("cpu", _cpu_name()),
+        ("cpu", processor_name()),
         ("", f"{torch.get_num_threads()} threads of {os.cpu_count()} CPUs; torch uses {capability}"),
         ("", f"bfloat16 matrix products: {bf16}"),
     ]
@@ -71,15 +71,6 @@ def _devices() -> Rows:
     if not torch.cuda.is_available():
         rows.append(("cuda", "none"))
     return rows
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _extension() -> Rows:

@@ -1,5 +1,5 @@
-"""Triton's interpreter where there is no GPU, skips where a package of the training side is missing, and small
-tasks with tiny models that know their words."""
+"""Triton's interpreter where there is no GPU, skips where a package of the training side is missing, and
+small tasks with tiny models that know their words."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What `fastdistil compare` runs where the user names no methods: each class, and chains of the usual parts."""
+"""What `fastdistil compare` runs where the user names no methods: each class, and chains of their parts."""
 
 DEFAULT_METHODS = (
     "kd",

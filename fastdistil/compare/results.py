@@ -63,7 +63,7 @@ class Row:
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation over the seeds; None with fewer than two, or where one is not a number."""
+        """Sample standard deviation over the seeds; None with fewer than two, or one that is no number."""
         means = self.means()
         return statistics.stdev(means) if len(means) > 1 and all(map(math.isfinite, means)) else None
 

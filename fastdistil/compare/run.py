@@ -51,17 +51,17 @@ class CompareConfig(Section):
 
     teacher: str = Field(description="Folder or hub id of a model with a head for the task.")
     task: str = Field(description="Name of the task.")
-    data: str | None = Field(None, description="Folder of the task's files; null: the hub.")
+    data: str | None = Field(default=None, description="Folder of the task's files; null: the hub.")
     methods: list[str] = Field(min_length=1, description="Chains, such as kd+prune-ffn:0.5+int8.")
     output: Path = Field(description="Folder of the comparison. One that was interrupted goes on.")
-    seeds: int = Field(3, ge=1, description="Runs of each method that trains.")
-    overrides: list[str] = Field([], description="NAME.KEY=VALUE, as of `parse_chain`.")
+    seeds: int = Field(default=3, ge=1, description="Runs of each method that trains.")
+    overrides: list[str] = Field(default=[], description="NAME.KEY=VALUE, as of `parse_chain`.")
     max_length: int | None = Field(
-        None, ge=8, description="Tokens an example; null: 128, of squad 384, or what the teacher has."
+        default=None, ge=8, description="Tokens an example; null: 128, of squad 384, or what the teacher has."
     )
-    allow_weak_teacher: bool = Field(False, description="Go on with a teacher at chance level, too.")
-    rounds: int = Field(10, ge=1, description="Of the timing; each has three passes of every model.")
-    device: str = Field("cpu", description="Where torch models are timed.")
+    allow_weak_teacher: bool = Field(default=False, description="Go on with a teacher at chance level, too.")
+    rounds: int = Field(default=10, ge=1, description="Of the timing; each has three passes of every model.")
+    device: str = Field(default="cpu", description="Where torch models are timed.")
 
 
 def compare(config: CompareConfig, log: CompareLog | None = None) -> Comparison:

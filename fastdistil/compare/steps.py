@@ -4,6 +4,7 @@ import contextlib
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -240,5 +241,6 @@ def _value(text: str) -> Any:
     return value
 
 
+@cache
 def _recipes() -> list[str]:
     return [info.name for info in list_recipes() if info.name not in _NOT_STEPS]

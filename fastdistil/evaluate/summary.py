@@ -22,6 +22,7 @@ from fastdistil.evaluate.cost import (
     count_parameters,
     measure_latency,
     measure_peak_memory,
+    model_folder,
 )
 from fastdistil.evaluate.masked_lm import MaskedLMScore, evaluate_masked_lm
 from fastdistil.evaluate.task import chance_score, evaluate_task, mean_score
@@ -191,7 +192,7 @@ def summarize_task(
 
 
 def _summary(source: str, model: Any, quality: TextQuality | TaskQuality | None) -> Summary:
-    folder = _folder(source)
+    folder = model_folder(source)
     length = min(LENGTH, max_positions(model))
     latency, peak = {}, {}
     for device in _devices():
@@ -210,12 +211,3 @@ def _length(source: str, model: Any, wanted: int | None, usual: int) -> int:
 
 def _devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-def _folder(source: str) -> Path:
-    """Where the files of a model lie; one of the hub was downloaded when it was loaded."""
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, local_files_only=True))

@@ -1,15 +1,24 @@
-"""What a model is traced with, and which of its axes are left open."""
+"""What is traced: a model with plain weights, on an example some of whose axes are left open."""
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdistil.compress.encoded import coded_weights, densify
+
 AXES = ("batch", "choices", "length")
 SHORTEST = 3  # tokens of a text: two special ones and its own
 _LENGTH = 16
 _CHOICES = 2
+
+
+def with_plain_weights(model: Any) -> Any:
+    """`model`, or, if some of its weights are stored in a code, a copy without."""
+    coded = next(coded_weights(model, "sparse", "clustered"), None) is not None
+    return densify(copy.deepcopy(model)) if coded else model
 
 
 def example_inputs(model: Any, batch_size: int = 2, length: int = _LENGTH) -> dict[str, Tensor]:

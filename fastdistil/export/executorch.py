@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdistil.errors import RunError, UserError
 from fastdistil.evaluate.cost import count_parameters
-from fastdistil.export.example import SHORTEST, example_inputs, open_axes
+from fastdistil.export.example import SHORTEST, example_inputs, open_axes, with_plain_weights
 from fastdistil.export.folder import Exported, new_folder, write_exported
 from fastdistil.export.onnx import check_model
 from fastdistil.export.quiet import quiet, reason
@@ -78,7 +78,7 @@ def _write(model: Any, file: Path, max_batch: int, max_length: int) -> tuple[lis
     """Returns the names of inputs and outputs, which a .pte has by number alone."""
     example = example_inputs(model, min(2, max_batch), min(16, max_length))
     inputs: dict[str, Any] = {name: value.to(model.device) for name, value in example.items()}
-    training = model.training
+    training, model = model.training, with_plain_weights(model)
     try:
         from transformers.exporters.configs import ExecutorchConfig
         from transformers.exporters.exporter_executorch import ExecutorchExporter

@@ -13,7 +13,7 @@ from typing import Any
 from fastdistil.errors import UserError
 from fastdistil.evaluate.cost import count_parameters
 from fastdistil.export.attention import onnxruntime_attention
-from fastdistil.export.example import example_inputs, labels, open_axes
+from fastdistil.export.example import example_inputs, labels, open_axes, with_plain_weights
 from fastdistil.export.folder import Exported, new_folder, write_exported
 from fastdistil.export.quiet import quiet, reason
 from fastdistil.export.verify import verify
@@ -82,16 +82,19 @@ def _check_opset(opset: int | None) -> None:
 
 def _write(model: Any, file: Path, opset: int | None, optimize: bool) -> None:
     import onnx_ir
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
     inputs: dict[str, Any] = {n: value.to(model.device) for n, value in example_inputs(model).items()}
     config = OnnxConfig(dynamic_shapes=open_axes(inputs, length=max_positions(model)), opset_version=opset)
-    training = model.training
+    training, model = model.training, with_plain_weights(model)
     attention = onnxruntime_attention(model) if optimize else nullcontext()
     try:
         with quiet(), attention:
             program = OnnxExporter().export(model.eval(), inputs, config).program
+            # Layers that share weights have transposed copies of them.
+            DeduplicateHashedInitializersPass()(program)
     except Exception as error:
         raise UserError(f"{type(model).__name__} cannot be exported to ONNX: {reason(error)}") from error
     finally:

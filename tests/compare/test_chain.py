@@ -173,7 +173,9 @@ def test_mean_loss_of_a_regression_is_the_squared_error(context: Context) -> Non
 
 def test_nothing_follows_a_model_for_another_runtime(context: Context) -> None:
     pytest.importorskip("onnxruntime")
-    with pytest.raises(UserError, match="prune-ffn:0.5: the step before it made a model for another runtime"):
+    with pytest.raises(
+        UserError, match=r"prune-ffn:0\.5: the step before it made a model for another runtime"
+    ):
         run_chain(parse_chain("onnx+prune-ffn:0.5", ["prune-ffn.recover=false"]), context())
 
 

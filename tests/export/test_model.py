@@ -67,7 +67,9 @@ def int8_embeddings(source: Path, tokenizer: Any, tmp_path: Path) -> Path:
     return tmp_path / "embeddings"
 
 
-@pytest.mark.parametrize(("format", "bound"), [("onnx", 1e-5), ("onnx-int8", 0.5)])
+@pytest.mark.parametrize(
+    ("format", "bound"), [("onnx", 1e-5), pytest.param("onnx-int8", 0.5, marks=pytest.mark.slow)]
+)
 def test_replaced_modules(format: str, bound: float, int8_embeddings: Path, tmp_path: Path) -> None:
     result = export_model(int8_embeddings, format, tmp_path / "out", max_length=16)
     assert result.max_error < bound

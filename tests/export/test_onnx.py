@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastdistil.compress.registry import find_method
+from fastdistil.compress.replacements import replacements
 from fastdistil.compress.store import load
 from fastdistil.errors import RunError, UserError
 from fastdistil.export.folder import read_exported
@@ -36,7 +38,10 @@ def test_logits_equal_pytorch(bert: Any, onnx_folder: Path, inputs: Callable[...
     assert _difference(bert, load(onnx_folder), inputs(*shape), "logits") < ATOL
 
 
-@pytest.mark.parametrize("family", ["roberta", "distilbert", "electra", "modernbert"])
+# RoBERTa counts positions from the padding id, DistilBERT has no types, ModernBERT windows and rotations.
+@pytest.mark.parametrize(
+    "family", ["modernbert", *(pytest.param(f, marks=pytest.mark.slow) for f in ("roberta", "distilbert"))]
+)
 def test_other_families_equal_pytorch(
     family: str, build: Callable[..., Any], inputs: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -59,6 +64,7 @@ def test_other_outputs_equal_pytorch(
     assert _difference(model, exported, inputs(3, 13), name) < ATOL
 
 
+@pytest.mark.slow
 def test_choices_equal_pytorch(
     build: Callable[..., Any], inputs: Callable[..., Any], tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -86,6 +92,31 @@ def test_layers_with_different_numbers_of_heads(
     assert _difference(model, exported, inputs(3, 13), "logits") < ATOL
 
 
+@pytest.mark.parametrize("method", ["cluster", pytest.param("prune-magnitude", marks=pytest.mark.slow)])
+def test_weights_in_a_code(
+    method: str, build: Callable[..., Any], inputs: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    """They are plain in the file, and in a code still in the model."""
+    how = find_method(method)
+    options = how.options()
+    model = how.finish(how.apply(build("bert"), options, None), options)
+    before = replacements(model)
+    exported = load(export_onnx(model, tokenizer, tmp_path / "model"))
+    assert _difference(model, exported, inputs(3, 13), "logits") < ATOL
+    assert replacements(model) == before != []
+
+
+def test_layers_that_share_weights_have_them_once(
+    build: Callable[..., Any], inputs: Callable[..., Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    model = build("bert")
+    model.bert.encoder.layer[1] = model.bert.encoder.layer[0]
+    folder = export_onnx(model, tokenizer, tmp_path / "model")
+    assert _difference(model, load(folder), inputs(3, 13), "logits") < ATOL
+    matrices = [i for i in onnx.load(folder / "model.onnx").graph.initializer if list(i.dims) == [32, 48]]
+    assert len(matrices) == 1
+
+
 def test_without_mask_and_types_are_ones_and_zeros(
     bert: Any, onnx_folder: Path, inputs: Callable[..., Any]
 ) -> None:
@@ -95,6 +126,7 @@ def test_without_mask_and_types_are_ones_and_zeros(
     torch.testing.assert_close(load(onnx_folder)(ids).logits, expected, atol=ATOL, rtol=0)
 
 
+@pytest.mark.slow
 def test_standard_operators_alone(bert: Any, tokenizer: Any, tmp_path: Path) -> None:
     folder = export_onnx(bert, tokenizer, tmp_path / "model", optimize=False)
     graph = onnx.load(folder / "model.onnx").graph
@@ -117,6 +149,7 @@ def test_axes_have_names(onnx_folder: Path) -> None:
     assert shapes["logits"] == ["batch", 3]
 
 
+@pytest.mark.slow
 def test_opset_is_the_one_asked_for(bert: Any, tokenizer: Any, tmp_path: Path) -> None:
     folder = export_onnx(bert, tokenizer, tmp_path / "model", opset=18)
     (version,) = [o.version for o in onnx.load(folder / "model.onnx").opset_import if o.domain == ""]
@@ -154,6 +187,7 @@ def test_an_opset_out_of_range(opset: int, bert: Any, tokenizer: Any, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_opset_newer_than_the_exporter(bert: Any, tokenizer: Any, tmp_path: Path) -> None:
     newest = onnx.defs.onnx_opset_version()
     with pytest.raises(UserError, match=f"opset {newest} is newer"):
