@@ -43,7 +43,6 @@ from fastdistil.models.task import load_task_model
 from fastdistil.schema import Section
 
 TEACHER = "teacher"
-_SPAN_LENGTH = 384  # of a question and a window of its context, as in BERT's code for SQuAD
 
 
 class CompareConfig(Section):
@@ -123,8 +122,7 @@ class _Run:
         self.teacher, tokenizer = load_task_model(config.teacher, self.task, new_head=False)
         self.teacher_folder = model_folder(config.teacher)
         self.positions = max_positions(self.teacher)
-        usual = _SPAN_LENGTH if self.task.kind == "span" else LENGTH
-        self.max_length = config.max_length or min(usual, self.positions)
+        self.max_length = config.max_length or min(self.task.usual_length, self.positions)
         if self.max_length > self.positions:
             raise UserError(
                 f"max_length is {self.max_length}, but {config.teacher} has only {self.positions} positions"

@@ -198,7 +198,8 @@ class _Search:
         _check_output(output)
         self.folder = model_folder(source)
         model, _ = load_task_model(source, self.task, new_head=False)
-        self.length = min(LENGTH, max_positions(model))
+        positions = max_positions(model)
+        self.length, self.max_length = min(LENGTH, positions), min(self.task.usual_length, positions)
         texts = candidate_chains(model.config.num_hidden_layers, model.config.hidden_size)
         self.chains = {chain.name: chain for chain in parse_chains(texts, overrides)}
         self.context = ChainContext(
@@ -206,7 +207,7 @@ class _Search:
             task=self.task,
             data=data,
             output=output,
-            max_length=self.length,
+            max_length=self.max_length,
             validation_fraction=_HELD_OUT,
             say=say,
         )
@@ -302,7 +303,7 @@ class _Search:
     def _score(self, folder: Path) -> float:
         model = load(folder)
         tokenizer = load_fitting_tokenizer(folder, model, masks=False)
-        data = encode(self.task, self.held_out, tokenizer, self.length)
+        data = encode(self.task, self.held_out, tokenizer, self.max_length)
         return mean_score(self.task, evaluate_task(model, self.task, data))
 
     def _read(self) -> State:

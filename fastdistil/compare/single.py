@@ -24,8 +24,7 @@ from fastdistil.data.tasks import Task, find_task, read_examples
 from fastdistil.errors import UserError
 from fastdistil.evaluate import bytes_on_disk, count_parameters, evaluate_task, mean_score
 from fastdistil.evaluate.cost import LENGTH, model_folder
-from fastdistil.models.load import load_tokenizer, max_positions
-from fastdistil.models.task import load_task_model
+from fastdistil.models.load import load_fitting_tokenizer, load_tokenizer, max_positions
 from fastdistil.train.checkpoint import write_durably
 
 
@@ -107,7 +106,12 @@ def compress_model(
         made, notes = _without_task(source, chain, output, seed), list[str]()
     else:
         context = ChainContext(
-            teacher=source, task=found, data=data, output=output, max_length=_length(source), say=say
+            teacher=source,
+            task=found,
+            data=data,
+            output=output,
+            max_length=_length(source, found.usual_length),
+            say=say,
         )
         made = run_chain(chain, context, seed)
         notes = chain_record(chain, context, seed).notes
@@ -124,15 +128,16 @@ def finish_single(
     notes: Sequence[str] = (),
 ) -> CompressResult:
     """Measure the model in the folder `made` beside the original, and leave it in `output`, with its card."""
-    original, length = model_folder(source), _length(source)
+    original, length = model_folder(source), _length(source, LENGTH)
     folders = {"before": original, "after": made}
     timings = measure(folders, threads=[1], batch_sizes=[1], length=length, load=_loader(original))
     sides = {}
     for name, folder in folders.items():
         model, scores = _loader(original)(folder), None
         if task is not None:
-            model, tokenizer = load_task_model(str(folder), task, new_head=False)
-            held_out = encode(task, read_examples(task, data, "validation"), tokenizer, length)
+            tokenizer = load_fitting_tokenizer(folder, model, masks=False)
+            longest = _length(source, task.usual_length)
+            held_out = encode(task, read_examples(task, data, "validation"), tokenizer, longest)
             scores = evaluate_task(model, task, held_out)
         score = None if scores is None or task is None else mean_score(task, scores)
         latency = timings[name][0].p50_ms
@@ -162,8 +167,8 @@ def _without_task(source: str, chain: Chain, output: Path, seed: int) -> Path:
     return folder
 
 
-def _length(source: str) -> int:
-    return min(LENGTH, max_positions(load(model_folder(source))))
+def _length(source: str, usual: int) -> int:
+    return min(usual, max_positions(load(model_folder(source))))
 
 
 def _loader(original: Path) -> Callable[[Path], Any]:

@@ -10,7 +10,6 @@ The stored tensors are the int8 ones, so a folder's bytes are those of the codin
 
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -129,22 +128,16 @@ class Int8Embedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
-# Of a float layer that stands at several paths, the int8 one that stands at all of them.
-_BUILT: WeakKeyDictionary[nn.Module, Int8Linear] = WeakKeyDictionary()
-
-
 @replacement("int8_linear")
 def _build_linear(module: nn.Module, spec: dict[str, Any]) -> nn.Module:
     linear: Any = module
-    if module not in _BUILT:
-        _BUILT[module] = Int8Linear(
-            linear.in_features,
-            linear.out_features,
-            linear.bias,
-            static=spec["static"],
-            device=linear.weight.device,
-        )
-    return _BUILT[module]
+    return Int8Linear(
+        linear.in_features,
+        linear.out_features,
+        linear.bias,
+        static=spec["static"],
+        device=linear.weight.device,
+    )
 
 
 @replacement("int8_embedding")

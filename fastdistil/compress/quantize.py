@@ -133,7 +133,7 @@ def apply_onnx_int8(model: Any, options: NoOptions, calibration: Calibration | N
 
 
 def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWEST_ROWS) -> list[str]:
-    """Paths of the linear layers, and of the embedding tables if wanted.
+    """Paths of the linear layers, and of the embedding tables if wanted; one of each layer that is shared.
 
     Left in float are matrices and tables of fewer than `fewest_rows`, and a matrix that two layers have in
     common, such as the word embeddings that are the output of a language model.
@@ -145,17 +145,11 @@ def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWE
         for parameter in module.parameters(recurse=False):
             owners.setdefault(parameter, set()).add(module)
     wanted = (nn.Linear, nn.Embedding) if embeddings else (nn.Linear,)
-    paths: list[str] = []
-    seen = set()
-    # A layer that is shared stands at several paths; where it is not its parent that is shared, each counts.
-    for path, module in model.named_modules(remove_duplicate=False):
-        if type(module) not in wanted or len(module.weight) < fewest_rows or len(owners[module.weight]) > 1:
-            continue
-        parent, _, name = path.rpartition(".")
-        place = (model.get_submodule(parent), name)
-        if place not in seen:
-            seen.add(place)
-            paths.append(path)
+    paths = [
+        path
+        for path, module in model.named_modules()
+        if type(module) in wanted and len(module.weight) >= fewest_rows and len(owners[module.weight]) == 1
+    ]
     if not paths:
         raise UserError(f"{type(model).__name__} has no layer that int8 would make smaller")
     return paths

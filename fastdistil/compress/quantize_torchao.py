@@ -22,17 +22,14 @@ def quantize_layers(model: Any, paths: Sequence[str], input_scales: dict[str, Te
         input_scales: path of each linear layer -> () float32 scale of its input, as from `calibrate`; None:
             the scales are taken from each token as it comes.
     """
-    made: dict[nn.Parameter, Int8Linear] = {}  # layers may have weights in common
     for path in paths:
         module = model.get_submodule(path)
         if isinstance(module, nn.Embedding):
             replace(model, path, Int8Embedding.from_embedding(module), {"kind": "int8_embedding"})
             continue
         scale = None if input_scales is None else input_scales[path]
-        if module.weight not in made:
-            made[module.weight] = Int8Linear.from_linear(module, scale)
         spec = {"kind": "int8_linear", "static": scale is not None}
-        replace(model, path, made[module.weight], spec)
+        replace(model, path, Int8Linear.from_linear(module, scale), spec)
     return model.eval()
 
 

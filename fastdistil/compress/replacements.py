@@ -89,7 +89,8 @@ def set_replacements(model: Any, entries: list[tuple[str, dict[str, Any]]]) -> N
     model._weight_conversions = None
     if entries:
         listed = [[path, spec] for path, spec in entries]
-        model.config.fastdistil = {"format": FORMAT, "replacements": listed}
+        others = getattr(model.config, "fastdistil", None) or {}
+        model.config.fastdistil = {**others, "format": FORMAT, "replacements": listed}
     elif getattr(model.config, "fastdistil", None) is not None:
         del model.config.fastdistil
 

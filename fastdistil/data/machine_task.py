@@ -20,7 +20,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from fastdistil.data.machine_text import _docstrings_of, _prose, _python_files
+from fastdistil.data.machine_text import docstrings_of, prose, python_files
 from fastdistil.data.sentences import split_sentences
 from fastdistil.data.task_files import Table
 from fastdistil.errors import UserError
@@ -113,15 +113,15 @@ def _modules(library: str) -> dict[str, list[str]]:
         root = Path(spec.submodule_search_locations[0])
     return {
         str(file.relative_to(root)): _sentences(file.read_text(encoding="utf-8", errors="ignore"))
-        for file in _python_files(root)
+        for file in python_files(root)
     }
 
 
 def _sentences(source: str) -> list[str]:
     return [
         hidden
-        for docstring in _docstrings_of(source)
-        for paragraph in _prose(docstring)
+        for docstring in docstrings_of(source)
+        for paragraph in prose(docstring)
         for sentence in split_sentences(paragraph)
         if len(hidden := _hide(sentence)) in _LENGTHS
     ]

@@ -88,7 +88,7 @@ def _documents() -> tuple[str, ...]:
     seen: set[str] = set()
     size = 0
     for docstring in _docstrings():
-        paragraphs = [paragraph for paragraph in _prose(docstring) if paragraph not in seen]
+        paragraphs = [paragraph for paragraph in prose(docstring) if paragraph not in seen]
         if not paragraphs:
             continue
         seen.update(paragraphs)
@@ -110,11 +110,11 @@ def _docstrings() -> Iterator[str]:
         if spec is not None:
             roots += [Path(folder) for folder in spec.submodule_search_locations or ()]
     for root in roots:
-        for file in _python_files(root):
-            yield from _docstrings_of(file.read_text(encoding="utf-8", errors="ignore"))
+        for file in python_files(root):
+            yield from docstrings_of(file.read_text(encoding="utf-8", errors="ignore"))
 
 
-def _python_files(root: Path) -> Iterator[Path]:
+def python_files(root: Path) -> Iterator[Path]:
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(set(folders) - _SKIPPED_FOLDERS)
         for name in sorted(names):
@@ -123,14 +123,14 @@ def _python_files(root: Path) -> Iterator[Path]:
                 yield file
 
 
-def _docstrings_of(source: str) -> Iterator[str]:
+def docstrings_of(source: str) -> Iterator[str]:
     for match in _TRIPLE_QUOTED.finditer(source):
         line_start = source.rfind("\n", 0, match.start()) + 1
         if _BEFORE_DOCSTRING.match(source, line_start, match.start()):
             yield inspect.cleandoc(match[2])
 
 
-def _prose(docstring: str) -> list[str]:
+def prose(docstring: str) -> list[str]:
     """The paragraphs of whole English sentences, one line each, without markup."""
     paragraphs: list[list[str]] = [[]]
     indent = 0

@@ -79,6 +79,11 @@ class Task:
         """Outputs of the head: classes or options; 1 for a score, 2 for the start and end of a span."""
         return {"regression": 1, "span": 2}.get(self.kind, len(self.labels))
 
+    @property
+    def usual_length(self) -> int:
+        """Tokens of an example; 384 of a question and a window of its context, as in BERT's code for SQuAD."""
+        return 384 if self.kind == "span" else 128
+
 
 @dataclass(frozen=True)
 class Examples:

@@ -29,8 +29,6 @@ from fastdistil.evaluate.task import chance_score, evaluate_task, mean_score
 from fastdistil.models.load import load_masked_lm, max_positions
 from fastdistil.models.task import load_task_model
 
-_SPAN_LENGTH = 384  # of a question and a window of its context, as in BERT's code for SQuAD
-
 
 @dataclass(frozen=True)
 class TextQuality:
@@ -173,7 +171,7 @@ def summarize_task(
     found = find_task(task)
     examples = read_examples(found, data, split)
     model, tokenizer = load_task_model(source, found, new_head=False)
-    length = _length(source, model, max_length, _SPAN_LENGTH if found.kind == "span" else LENGTH)
+    length = _length(source, model, max_length, found.usual_length)
     encoded = encode(found, examples, tokenizer, length)
     scores = evaluate_task(model.to(_devices()[-1]), found, encoded)
     quality = TaskQuality(

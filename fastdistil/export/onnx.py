@@ -82,7 +82,7 @@ def _check_opset(opset: int | None) -> None:
 
 def _write(model: Any, file: Path, opset: int | None, optimize: bool) -> None:
     import onnx_ir
-    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+    from onnx_ir.passes.common import DeduplicateInitializersPass
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
 
@@ -94,7 +94,7 @@ def _write(model: Any, file: Path, opset: int | None, optimize: bool) -> None:
         with quiet(), attention:
             program = OnnxExporter().export(model.eval(), inputs, config).program
             # Layers that share weights have transposed copies of them.
-            DeduplicateHashedInitializersPass()(program)
+            DeduplicateInitializersPass(size_limit=_LARGEST)(program)
     except Exception as error:
         raise UserError(f"{type(model).__name__} cannot be exported to ONNX: {reason(error)}") from error
     finally:

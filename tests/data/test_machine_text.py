@@ -34,8 +34,8 @@ def f(x):
 
 
 def test_prose_of_a_docstring():
-    (docstring,) = machine_text._docstrings_of(DOCSTRING)
-    assert machine_text._prose(docstring) == [
+    (docstring,) = machine_text.docstrings_of(DOCSTRING)
+    assert machine_text.prose(docstring) == [
         "Computes the torch.special.expit of each element, and never writes to its argument.",
         "The result has the same shape as the input and is see the manual always a new tensor.",
         "The values whose function is wanted, in any order that the caller likes.",
@@ -52,7 +52,7 @@ def test_prose_of_a_docstring():
     ],
 )
 def test_what_is_not_prose_is_left_out(text):
-    assert machine_text._prose(text) == []
+    assert machine_text.prose(text) == []
 
 
 @pytest.fixture
