@@ -1,0 +1,109 @@
+"""`compress`, `compare` and `export` on the command line: what they make, and one line for what is wrong."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastdistil.cli import main
+from fastdistil.compress.store import load
+
+pytest.importorskip("transformers")
+pytest.importorskip("pydantic")
+
+
+def _fails(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_compress_prints_what_changed(
+    capsys: pytest.CaptureFixture[str], task_encoder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "small"
+    assert main(["compress", str(task_encoder), "--method", "prune-ffn:0.5", "--output", str(output)]) == 0
+    told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert told["made by"].strip() == "prune-ffn:0.5"
+    assert "x smaller" in told["size on disk"]
+    assert load(output / "model").config.intermediate_size == 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "give --method NAME, or a target"),
+        (["--method", "int8", "--target-speedup", "3"], "give --method NAME, or a target"),
+        (["--method", "int8", "--candidates", "2"], "--candidates is for --target-speedup or --target-size"),
+        (["--target-speedup", "3"], "a search needs --task NAME"),
+        (["--method", "prune-fnn"], "unknown method 'prune-fnn': did you mean prune-ffn?"),
+        (["--method", "prune-ffn:1.5"], "prune-ffn.ratio: input should be less than 1, got 1.5"),
+        (["--method", "prune-ffn", "--set", "prune-ffn.ratoi=0.5"], "did you mean ratio?"),
+        (["--method", "low-rank", "--set", "low-rank.rank=999", "--set", "low-rank.ratio=null"], "rank"),
+        (["--method", "cluster:0"], "cluster.bits: input should be greater than"),
+        (["--method", "kd"], "kd trains a student for a task: add --task NAME"),
+    ],
+)
+def test_a_mistake_in_compress_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    task_encoder: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    line: str,
+) -> None:
+    output = ["--output", str(tmp_path / "out")]
+    assert line in _fails(capsys, ["compress", str(task_encoder), *arguments, *output])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["model"], "compare needs --task NAME (sst2, mrpc, ...), or the teacher `quickstart`"),
+        (["quickstart", "--task", "sst2"], "--task is for another teacher than quickstart"),
+        (["model", "--task", "sst3"], "sst3"),
+        (["model", "--task", "sst2", "--methods", "kd,kd"], "method kd is given twice"),
+        (["model", "--task", "sst2", "--methods", "kdd"], "unknown method 'kdd': did you mean kd?"),
+    ],
+)
+def test_a_mistake_in_compare_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], line: str
+) -> None:
+    assert line in _fails(capsys, ["compare", *arguments, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_default_methods_are_all_known() -> None:
+    from fastdistil.compare.defaults import DEFAULT_METHODS
+    from fastdistil.compare.steps import parse_chains
+
+    kinds = {chain.kind for chain in parse_chains(DEFAULT_METHODS)}
+    assert kinds == {
+        "distillation",
+        "pruning",
+        "quantisation",
+        "low rank",
+        "sharing",
+        "clustering",
+        "runtime",
+        "chain",
+    }
+
+
+def test_export_writes_a_verified_folder(
+    capsys: pytest.CaptureFixture[str], finetuned: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    output = tmp_path / "onnx"
+    assert main(["export", str(finetuned("sst2")), "--format", "onnx", "--output", str(output)]) == 0
+    assert "error" in capsys.readouterr().out
+    assert (output / "model.onnx").is_file()
+
+
+def test_an_unknown_format_is_one_line(
+    capsys: pytest.CaptureFixture[str], task_encoder: Path, tmp_path: Path
+) -> None:
+    line = _fails(
+        capsys, ["export", str(task_encoder), "--format", "tflite", "--output", str(tmp_path / "out")]
+    )
+    assert "tflite" in line
+    assert "onnx-int8" in line
