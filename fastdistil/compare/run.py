@@ -25,6 +25,7 @@ from fastdistil.compare.machine import describe_machine
 from fastdistil.compare.pieces import Piece, Pieces, fingerprint, slug, weights_sha256
 from fastdistil.compare.progress import CompareLog
 from fastdistil.compare.results import Comparison, Row, write_comparison
+from fastdistil.compare.single import compress_command
 from fastdistil.compare.steps import Chain, parse_chain, parse_chains
 from fastdistil.compress.store import load
 from fastdistil.data.task_encoding import EncodedTask, encode
@@ -38,6 +39,7 @@ from fastdistil.evaluate import (
     mean_score,
 )
 from fastdistil.evaluate.cost import LENGTH, model_folder
+from fastdistil.export.card import write_card
 from fastdistil.models.load import load_fitting_tokenizer, max_positions
 from fastdistil.models.task import load_task_model
 from fastdistil.schema import Section
@@ -85,11 +87,11 @@ class _Run:
         self.task: Task = find_task(config.task)
         self.chains = parse_chains(config.methods, config.overrides)
         # What is known of a method's row beforehand.
+        # As the user wrote them: the name of a chain in a file is not where it lies.
+        self.texts = dict(zip((chain.name for chain in self.chains), config.methods, strict=True))
         self.rows = {
-            chain.name: Row(
-                chain.name, chain.kind, self._command(text, chain.name), description=chain.description
-            )
-            for chain, text in zip(self.chains, config.methods, strict=True)
+            chain.name: Row(chain.name, chain.kind, self._command(chain.name), description=chain.description)
+            for chain in self.chains
         }
         self.seeds = {chain.name: range(config.seeds if chain.trains else 1) for chain in self.chains}
         self.pieces = Pieces(config.output)
@@ -208,15 +210,22 @@ class _Run:
         model = load(folder)
         data = self._encode(load_fitting_tokenizer(folder, model, masks=False))
         record = chain_record(chain, self.context, seed)
-        return Piece(
-            _identity(chain),
-            folder.relative_to(self.config.output).as_posix(),
-            evaluate_task(model, self.task, data),
-            count_parameters(model),
-            bytes_on_disk(folder),
-            record.seconds,
-            record.notes,
+        scores = evaluate_task(model, self.task, data)
+        parameters, disk_bytes = count_parameters(model), bytes_on_disk(folder)
+        write_card(
+            folder,
+            title=f"{Path(self.config.teacher).name}, {chain.name}",
+            command=self._command(chain.name, seed),
+            made_of=self.config.teacher,
+            steps=chain.descriptions,
+            facts=[
+                *((f"{self.task.name}, {name}", f"{value:.4f}") for name, value in scores.items()),
+                ("parameters", f"{parameters / 1e6:.2f} M"),
+                ("size on disk", f"{disk_bytes / 1e6:.1f} MB"),
+            ],
         )
+        source = folder.relative_to(self.config.output).as_posix()
+        return Piece(_identity(chain), source, scores, parameters, disk_bytes, record.seconds, record.notes)
 
     def _measure(self) -> None:
         """Time the models that are made, unless all of them have been, and together."""
@@ -317,15 +326,11 @@ class _Run:
             joules=cost.joules,
         )
 
-    def _command(self, text: str, name: str) -> str:
-        """What makes the model of the chain called `name`, which the user gave as `text`."""
-        keys = [part for key in self.config.overrides if _takes(text, key) for part in ("--set", key)]
-        return shlex.join(
-            [
-                *("fastdistil", "compress", self.config.teacher, "--method", text),
-                *(*self._on_task(), *keys, "--seed", "0", "--output", slug(name)),
-            ]
-        )
+    def _command(self, name: str, seed: int = 0) -> str:
+        """What makes the model of the chain called `name`."""
+        config, text = self.config, self.texts[name]
+        keys = [override for override in config.overrides if _takes(text, override)]
+        return compress_command(config.teacher, text, self.task.name, config.data, keys, seed, slug(name))
 
     def _on_task(self) -> list[str]:
         data = [] if self.config.data is None else ["--data", self.config.data]

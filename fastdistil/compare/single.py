@@ -7,6 +7,7 @@ output/
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,7 @@ from fastdistil.data.tasks import Task, find_task, read_examples
 from fastdistil.errors import UserError
 from fastdistil.evaluate import bytes_on_disk, count_parameters, evaluate_task, mean_score
 from fastdistil.evaluate.cost import LENGTH, model_folder
+from fastdistil.export.card import write_card
 from fastdistil.models.load import load_fitting_tokenizer, load_tokenizer, max_positions
 from fastdistil.train.checkpoint import write_durably
 
@@ -115,7 +117,25 @@ def compress_model(
         )
         made = run_chain(chain, context, seed)
         notes = chain_record(chain, context, seed).notes
-    return finish_single(source, made, chain, output, found, data, notes)
+    command = compress_command(source, method, task, data, overrides, seed, output)
+    return finish_single(source, made, chain, output, found, data, notes, command)
+
+
+def compress_command(
+    source: str,
+    method: str,
+    task: str | None,
+    data: str | None,
+    overrides: Sequence[str],
+    seed: int,
+    output: Path | str,
+) -> str:
+    """The command line that makes a model again."""
+    words = ["fastdistil", "compress", source, "--method", method]
+    words += [] if task is None else ["--task", task]
+    words += [] if data is None else ["--data", data]
+    words += [word for override in overrides for word in ("--set", override)]
+    return shlex.join([*words, "--seed", str(seed), "--output", str(output)])
 
 
 def finish_single(
@@ -126,8 +146,12 @@ def finish_single(
     task: Task | None,
     data: str | None,
     notes: Sequence[str] = (),
+    command: str | None = None,
 ) -> CompressResult:
-    """Measure the model in the folder `made` beside the original, and leave it in `output`, with its card."""
+    """Measure the model in the folder `made` beside the original, and leave it in `output`, with its card.
+
+    `command` makes it again, for the card.
+    """
     original, length = model_folder(source), _length(source, LENGTH)
     folders = {"before": original, "after": made}
     timings = measure(folders, threads=[1], batch_sizes=[1], length=length, load=_loader(original))
@@ -144,6 +168,14 @@ def finish_single(
         sides[name] = Side(count_parameters(model), bytes_on_disk(folder), latency, scores, score)
     result = CompressResult(output / "model", chain.name, length, sides["before"], sides["after"], [*notes])
     _publish(made, output / "model")
+    write_card(
+        output / "model",
+        title=f"{Path(source).name}, {chain.name}",
+        command=command or f"fastdistil compress {source} --method {chain.name}",
+        made_of=source,
+        steps=chain.descriptions,
+        facts=result.rows()[2:],
+    )
     plain = {**asdict(result), "path": "model"}
     write_durably(output / "result.json", (json.dumps(plain, indent=2) + "\n").encode())
     return result

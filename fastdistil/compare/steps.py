@@ -92,14 +92,18 @@ class Chain:
         return "distillation" if self.steps[0].is_recipe else self.steps[0].method.kind
 
     @property
-    def description(self) -> str:
-        parts = [
+    def descriptions(self) -> list[str]:
+        """One line a step."""
+        return [
             load_recipe(step.name)["description"].split(":")[0].strip().rstrip(".")
             if step.is_recipe
             else step.method.description
             for step in self.steps
         ]
-        return "; then ".join(parts)
+
+    @property
+    def description(self) -> str:
+        return "; then ".join(self.descriptions)
 
     @property
     def trains(self) -> bool:

@@ -81,7 +81,7 @@ class Task:
 
     @property
     def usual_length(self) -> int:
-        """Tokens of an example; 384 of a question and a window of its context, as in BERT's code for SQuAD."""
+        """Tokens of an example; of a question and a window of its context as in BERT's code for SQuAD."""
         return 384 if self.kind == "span" else 128
 
 

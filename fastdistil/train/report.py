@@ -11,6 +11,7 @@ from rich.table import Table
 
 from fastdistil.data.tasks import Task, find_task
 from fastdistil.evaluate import count_parameters, mean_score, measure_latency
+from fastdistil.export.card import UNKNOWN, licence
 from fastdistil.train.checkpoint import write_durably
 from fastdistil.train.config import RunConfig
 from fastdistil.train.logging import METRICS, RunLog, read_metrics
@@ -316,4 +317,8 @@ def model_card(config: RunConfig, result: ModelResult) -> str:
         f'model = {auto}.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
     )
-    return f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---\n\n" + "\n\n".join(lines) + "\n"
+    # What is learnt from a model, or starts from it, is under its licence.
+    source = config.teacher or config.student.from_model
+    known = UNKNOWN if source is None else licence(source)
+    matter = f"library_name: transformers\npipeline_tag: {task}\nlicense: {known}"
+    return f"---\n{matter}\n---\n\n" + "\n\n".join(lines) + "\n"

@@ -1,6 +1,7 @@
 """`fastdistil compress` of one model: with a task and without, and what it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ def test_without_a_task_the_weights_are_only_compressed(task_encoder: Path, tmp_
 def test_with_a_task_both_models_are_scored(
     finetuned: Callable[[str], Path], tasks: Path, tmp_path: Path
 ) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(finetuned("sst2"), teacher)
+    (teacher / "README.md").write_text("---\nlicense: mit\n---\n")
     result = compress_model(
-        str(finetuned("sst2")),
+        str(teacher),
         "prune-heads:0.5",
         tmp_path / "out",
         task="sst2",
@@ -42,6 +46,9 @@ def test_with_a_task_both_models_are_scored(
     plain = json.loads((tmp_path / "out" / "result.json").read_text())
     assert plain["after"]["scores"] == result.after.scores
     assert load(tmp_path / "out" / "model").config.fastdistil["replacements"]
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "--method prune-heads:0.5 --task sst2" in card
+    assert "license: mit" in card
 
 
 def test_the_same_command_again_makes_nothing_again(

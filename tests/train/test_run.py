@@ -50,6 +50,7 @@ def test_minilm_makes_an_encoder_and_reports_its_distance_to_the_teacher(relate)
     assert AutoTokenizer.from_pretrained(result.output / "student").mask_token_id is not None
     card = (result.output / "student" / "README.md").read_text()
     assert "pipeline_tag: feature-extraction" in card
+    assert "license: unknown" in card
     assert "AutoModel.from_pretrained" in card
 
     teacher, before, after = result.models
