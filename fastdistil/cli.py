@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -337,12 +337,24 @@ def export(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model, compressed or not.")],
     output: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
     format: Annotated[str, typer.Option(help="onnx, onnx-int8 or executorch.")] = "onnx",
+    task: TaskName = None,
+    data: TaskFolder = None,
+    opset: Annotated[int | None, typer.Option(help="Of ONNX; default torch's.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a model for another runtime, verified against PyTorch's outputs."""
+    """Write a model for another runtime, verified against PyTorch; with --task on its texts, too."""
+    if task is None:
+        _refuse("--task", {"--data": data})
     from fastdistil.export.model import export_model
 
-    _print_rows(export_model(model, format, output).rows())
+    examples: Sequence[Any] = ()
+    if task is not None:
+        from fastdistil.compare.chain import ChainContext
+        from fastdistil.data.tasks import find_task
+
+        context = ChainContext(teacher=model, task=find_task(task), data=data, output=output)
+        examples = context.calibration().batches
+    _print_rows(export_model(model, format, output, opset=opset, examples=examples).rows())
 
 
 @app.command()

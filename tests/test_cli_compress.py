@@ -90,11 +90,12 @@ def test_the_default_methods_are_all_known() -> None:
 
 
 def test_export_writes_a_verified_folder(
-    capsys: pytest.CaptureFixture[str], finetuned: Callable[[str], Path], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], finetuned: Callable[[str], Path], tasks: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("onnxruntime")
     output = tmp_path / "onnx"
-    assert main(["export", str(finetuned("sst2")), "--format", "onnx", "--output", str(output)]) == 0
+    arguments = ["--task", "sst2", "--data", str(tasks), "--opset", "20", "--output", str(output)]
+    assert main(["export", str(finetuned("sst2")), *arguments]) == 0
     assert "error" in capsys.readouterr().out
     assert (output / "model.onnx").is_file()
 

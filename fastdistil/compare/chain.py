@@ -69,7 +69,8 @@ class ChainContext:
         rows = permutation(len(examples), 0, 0).numpy()[-self.calibration_examples :]
         return encode(self.task, examples.select(rows), self.tokenizer, self.max_length)
 
-    def calibration(self, device: torch.device) -> Calibration:
+    def calibration(self) -> Calibration:
+        """On the CPU, where methods run."""
         data = self.examples
         rows = data.lengths.argsort(kind="stable")
         batches = [
@@ -242,7 +243,7 @@ def _compress(
     if config is None or not start.exists():
         torch.manual_seed(seed)
         model, tokenizer = load_task_model(source, context.task, new_head=False)
-        model = method.apply(model, options, context.calibration(model.device))
+        model = method.apply(model, options, context.calibration())
         if config is not None:
             _save(model, tokenizer, start)
     if config is not None:

@@ -155,7 +155,7 @@ def test_structure_alone_has_the_shapes_and_no_training(context: Context, traini
 def test_calibration_has_training_examples_and_the_tasks_loss(context: Context) -> None:
     ctx = context(calibration_examples=20)
     model, _ = load_task_model(ctx.teacher, ctx.task, new_head=False)
-    calibration = ctx.calibration(model.device)
+    calibration = ctx.calibration()
     assert sum(len(batch.labels) for batch in calibration.batches) == 20
     batch = calibration.batches[0]
     logits = model(**batch.inputs).logits.double()
@@ -166,7 +166,7 @@ def test_calibration_has_training_examples_and_the_tasks_loss(context: Context) 
 def test_mean_loss_of_a_regression_is_the_squared_error(context: Context) -> None:
     ctx = context("stsb")
     model, _ = load_task_model(ctx.teacher, ctx.task, new_head=False)
-    batch = ctx.calibration(model.device).batches[0]
+    batch = ctx.calibration().batches[0]
     by_hand = (model(**batch.inputs).logits.squeeze(-1) - batch.labels).square().mean()
     torch.testing.assert_close(mean_task_loss(model, batch), by_hand)
 
