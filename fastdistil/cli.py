@@ -387,6 +387,31 @@ def recipes(
 
 
 @app.command()
+def methods(
+    method: Annotated[str | None, typer.Argument(help="Show this one's options alone.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the methods of `compress` and `compare`; the first option is what stands behind a colon."""
+    from fastdistil.compress.registry import find_method
+    from fastdistil.compress.registry import methods as all_methods
+
+    shown = list(all_methods().values()) if method is None else [find_method(method)]
+    for number, info in enumerate(shown):
+        if number:
+            print()
+        typer.secho(info.name, bold=True)
+        _print_wrapped(f"{info.description} ({info.kind})")
+        if info.paper:
+            _print_wrapped(info.paper, "paper")
+        # The one that a value behind the name's colon sets, then the others.
+        fields = sorted(info.options.model_fields.items(), key=lambda field: field[0] != info.main)
+        for name, field in fields:
+            if not (name == "steps" and info.uses_steps):
+                default = "" if field.default is None else f" (default {field.default})"
+                _print_wrapped(f"{field.description}{default}", name)
+
+
+@app.command()
 def doctor(debug: Debug = False) -> None:
     """Show versions, devices, and which implementation each op uses here and why not a faster one."""
     from fastdistil.doctor import report
@@ -431,7 +456,7 @@ def _command(ctx: typer.Context) -> str:
 
 def _print_wrapped(text: str, label: str = "") -> None:
     """Indented, at most 100 columns wide, with the label in a column of its own."""
-    first = f"    {label:17}" if label else "    "
+    first = f"    {label:18}" if label else "    "
     wrapped = textwrap.wrap(
         text, 100, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )

@@ -108,3 +108,16 @@ def test_an_unknown_format_is_one_line(
     )
     assert "tflite" in line
     assert "onnx-int8" in line
+
+
+def test_methods_are_listed_with_their_options(capsys: pytest.CaptureFixture[str]) -> None:
+    from fastdistil.compress.registry import methods
+
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line and not line.startswith(" ")] == list(methods())
+    assert main(["methods", "prune-movement"]) == 0
+    told = capsys.readouterr().out
+    assert "sparsity" in told
+    assert "steps  " not in told
+    assert "did you mean cluster?" in _fails(capsys, ["methods", "clster"])
