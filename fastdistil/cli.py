@@ -456,7 +456,7 @@ def _command(ctx: typer.Context) -> str:
 
 def _print_wrapped(text: str, label: str = "") -> None:
     """Indented, at most 100 columns wide, with the label in a column of its own."""
-    first = f"    {label:18}" if label else "    "
+    first = f"    {label:16} " if label else "    "
     wrapped = textwrap.wrap(
         text, 100, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )
