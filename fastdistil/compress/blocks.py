@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastdistil.compress.encoded import DONE, kind_of
 from fastdistil.compress.replacements import replacements, set_replacements
 from fastdistil.errors import UserError
 from fastdistil.models.stack import STACKS
@@ -127,11 +128,24 @@ def find_blocks(model: Any, *parts: str) -> list[Block]:
     return blocks
 
 
-def require_plain(module: nn.Module, path: str) -> None:
-    if type(module) is not nn.Linear:
+def require_family(model: Any, method: str) -> None:
+    """Raises `UserError` for a family whose layers are not known."""
+    family = model.config.model_type
+    if family not in SUPPORTED:
         raise UserError(
-            f"{path} is a {type(module).__name__}, whose rows and columns cannot be cut: "
-            "prune by structure before quantising, factorising or masking"
+            f"{method}: {type(model).__name__} (model type {family!r}) is not supported; supported: "
+            f"{', '.join(SUPPORTED)}"
+        )
+
+
+def require_plain(module: nn.Module, path: str) -> None:
+    """Raises `UserError` for what is no plain linear layer, with the name that a user has for it."""
+    if type(module) is not nn.Linear:
+        kind = kind_of(module)
+        found = f"is {DONE[kind]} already" if kind else f"is a {type(module).__name__}"
+        raise UserError(
+            f"{path} {found}, so that its rows and columns cannot be cut: prune heads, neurons and "
+            "dimensions before other weights, and before quantising or factorising"
         )
 
 

@@ -32,7 +32,7 @@ NAME = "cluster"
 _ITERATIONS = 300  # of Lloyd's algorithm at most
 
 
-class Options(Section):
+class ClusterOptions(Section):
     bits: int = Field(default=4, ge=1, le=8, description="of an index before its coding: 2^bits centroids")
     embeddings: bool = Field(default=True, description="cluster the embeddings, too")
     bits_embeddings: int | None = Field(
@@ -176,7 +176,17 @@ def _build(module: nn.Module, spec: dict[str, Any]) -> nn.Module:
     return parametrize_weight(module, ClusteredWeight(weight.shape, spec, weight.device))
 
 
-def _apply(model: Any, options: Options, calibration: Calibration | None) -> Any:
+def cluster_weights(model: Any, options: ClusterOptions, calibration: Calibration | None) -> Any:
+    """The model with a codebook and coded indices for each linear layer of the encoder, the pooler included,
+    and each embedding table if wanted.
+
+    A matrix (n weights, entropy H of its indices in bits) takes at most n (H + 1) / 8 bytes, 2 bytes for each
+    512 weights, and its codebook. Zeros keep a value of their own, which training leaves at 0.
+
+    Raises:
+        UserError: a weight is clustered or quantised already, or its pruning is not finished; there is none,
+            or `embeddings` of a language model, whose output matrix they are.
+    """
     found = weights_to_compress(model, NAME, embeddings=options.embeddings, accept=("sparse",))
     for path, module in found:
         if kind_of(module) == "sparse":
@@ -191,10 +201,10 @@ METHODS = (
     Method(
         name=NAME,
         kind="clustering",
-        description="each matrix has 2^bits different weights; their indices are Huffman-coded",
-        paper="Han et al. 2016, arXiv:1510.00149",
-        options=Options,
+        description="round each matrix to 2^bits values; stored Huffman-coded, no faster by itself",
+        paper="Han et al. 2016, Deep Compression",
+        options=ClusterOptions,
         main="bits",
-        apply=_apply,
+        apply=cluster_weights,
     ),
 )

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from fastdistil.compress.replacements import drop, replacements
 from fastdistil.errors import UserError
 
-_DONE = {"masked": "pruned", "sparse": "pruned", "clustered": "clustered"}  # by kind
+DONE = {"masked": "pruned", "sparse": "pruned", "clustered": "clustered"}  # what a kind is the result of
 
 
 class EncodedWeight(nn.Module):
@@ -91,6 +91,9 @@ def _list_of(module: Any) -> Any:
 
 def plain(module: nn.Module) -> nn.Module:
     """`module` without its parametrisation, in place: the weight that it had, as a parameter."""
+    # torch takes the property `weight` off the class, and a copy of the module has the same class.
+    shared: Any = type(module)
+    module.__class__ = type(shared.__name__, shared.__bases__, dict(vars(shared)))
     return parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
 
 
@@ -148,7 +151,7 @@ def weights_to_compress(
     for path, module in found:
         kind = kind_of(module)
         if kind and kind not in accept:
-            raise UserError(f"{method}: {path} is {_DONE[kind]} already; leave one of the two steps out")
+            raise UserError(f"{method}: {path} is {DONE[kind]} already; leave one of the two steps out")
     if embeddings and _tied(model):
         raise UserError(
             f"{method}: the embeddings of {type(model).__name__} are its output matrix too; "

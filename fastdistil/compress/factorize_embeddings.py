@@ -59,7 +59,18 @@ class FactorizeEmbeddingsOptions(Section):
     rank: int = Field(default=128, ge=1, description="width of the table; ALBERT's is 128")
 
 
-def apply(model: Any, options: FactorizeEmbeddingsOptions, calibration: Calibration | None) -> Any:
+def factorize_embeddings(
+    model: Any, options: FactorizeEmbeddingsOptions, calibration: Calibration | None
+) -> Any:
+    """The model with its word embeddings (V, D) as a table (V, rank) and a projection (rank, D).
+
+    The factors are those of `factorize_embedding`; a word counts as often as it is in the examples, and once
+    more.
+
+    Raises:
+        UserError: a rank that is larger than the matrix, or that does not make it smaller; word embeddings
+            that are missing, factorised or coded already, or tied to a decoder.
+    """
     path, embedding = _word_embeddings(model)
     rows, width = embedding.weight.shape
     rank = options.rank
@@ -125,10 +136,10 @@ METHODS = (
     Method(
         name="factorize-embeddings",
         kind="low rank",
-        description="word embeddings as a narrow table and a projection, as in ALBERT",
+        description="replace the word embeddings by a narrow table and a projection, as in ALBERT",
         paper="Lan et al. 2020, ALBERT: A Lite BERT for Self-supervised Learning of Language Representations",
         options=FactorizeEmbeddingsOptions,
         main="rank",
-        apply=apply,
+        apply=factorize_embeddings,
     ),
 )

@@ -23,8 +23,13 @@ Importance = Literal["magnitude", "taylor", "activation"]
 Group = Literal["heads", "neurons"]
 
 
-def choose(importance: Importance | None, calibration: Calibration | None, method: str) -> Importance:
-    """What was asked for, or by default what prunes best without training afterwards."""
+def choose_importance(
+    importance: Importance | None, calibration: Calibration | None, method: str
+) -> Importance:
+    """What was asked for, or by default what prunes best without training afterwards.
+
+    Raises `UserError` for one that is measured on examples, where there are none.
+    """
     if importance is None:
         return "magnitude" if calibration is None else "taylor"
     if importance != "magnitude" and calibration is None:
@@ -60,6 +65,11 @@ def comparable(scores: Sequence[Tensor], importance: Importance) -> list[Tensor]
     if importance == "taylor":
         return list(scores)
     return [score / score.norm().clamp(min=1e-30) for score in scores]
+
+
+def top(scores: Tensor, count: int) -> Tensor:
+    """The places of the `count` highest scores, ascending; of equal ones the first."""
+    return scores.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def _magnitude(block: Block, group: Group) -> Tensor:
@@ -114,7 +124,8 @@ def _activation(model: Any, blocks: Sequence[Block], group: Group, calibration: 
     tokens = 0
     with _hooked(blocks, group, add), torch.no_grad():
         for batch in calibration.batches:
-            mask = batch.attention_mask.double()
+            # The options of a choice (B, C, L) are sequences like others.
+            mask = batch.attention_mask.double().flatten(0, -2)
             calibration.loss(model, batch)
             tokens += int(mask.sum())
     return [total / tokens for total in totals]

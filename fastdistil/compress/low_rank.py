@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastdistil.compress.blocks import SUPPORTED, stack_path
+from fastdistil.compress.blocks import require_family, stack_path
 from fastdistil.compress.method import Calibration, Method
 from fastdistil.compress.replacements import replace, replacement
 from fastdistil.compress.sensitivity import (
@@ -105,7 +105,18 @@ class LowRankOptions(Section):
         return self
 
 
-def apply(model: Any, options: LowRankOptions, calibration: Calibration | None) -> Any:
+def low_rank(model: Any, options: LowRankOptions, calibration: Calibration | None) -> Any:
+    """The model with a `LowRankLinear` in place of each linear layer of the encoder that rank makes smaller.
+
+    What is kept of a weight is in `factorise`, how a budget is shared between the layers in
+    `allocate_ranks`. On examples W (out, in) is projected on the directions in which its outputs are largest;
+    without, on its first singular vectors.
+
+    Raises:
+        UserError: a rank that is larger than a matrix, or that makes none smaller; a ratio below that of rank
+            1; what looks at examples, without any; a family that is not supported; layers that are
+            factorised, quantised, pruned or clustered already.
+    """
     linears = _linears(model, options.modules)
     examples = None if calibration is None else calibration.batches
     method = options.method or ("svd" if examples is None else "activation")
@@ -153,12 +164,7 @@ def low_rank_linear(linear: nn.Linear, factors: Factorisation, rank: int) -> Low
 
 def _linears(model: Any, modules: str) -> dict[str, nn.Linear]:
     """Those of the encoder's layers that are dense, by their path; one that several layers share once."""
-    family = model.config.model_type
-    if family not in SUPPORTED:
-        raise UserError(
-            f"low-rank: {type(model).__name__} (model type {family!r}) is not supported; supported: "
-            f"{', '.join(SUPPORTED)}"
-        )
+    require_family(model, "low-rank")
     prefix = stack_path(model)
     stack = model.get_submodule(prefix)
     thin = {m for module in stack.modules() if isinstance(module, LowRankLinear) for m in module.children()}
@@ -168,7 +174,9 @@ def _linears(model: Any, modules: str) -> dict[str, nn.Linear]:
         if isinstance(module, nn.Linear) and module not in thin and modules in ("all", _part(name))
     }
     if not linears:
-        raise UserError(f"low-rank: no dense linear layer is left of those to take (modules: {modules})")
+        raise UserError(
+            f"low-rank: no dense linear layer of float weights is left to take (modules: {modules})"
+        )
     for path, linear in linears.items():
         if parametrize.is_parametrized(linear):
             raise UserError(f"low-rank: {path} is pruned or clustered already; put low-rank before that step")
@@ -216,10 +224,10 @@ METHODS = (
     Method(
         name="low-rank",
         kind="low rank",
-        description="linear layers of the encoder as products of two thin matrices",
+        description="replace linear layers by products of two thin matrices",
         paper="Chen et al. 2021, DRONE: Data-aware Low-rank Compression for Large NLP Models",
         options=LowRankOptions,
         main="ratio",
-        apply=apply,
+        apply=low_rank,
     ),
 )

@@ -19,7 +19,7 @@ from fastdistil.schema import Section
 NAME = "prune-2of4"
 
 
-class Options(Section):
+class Prune2of4Options(Section):
     embeddings: bool = Field(default=False, description="prune the embeddings, too")
 
 
@@ -31,7 +31,15 @@ def two_of_four(weight: Tensor) -> Tensor:  # (N, K) -> (N, K) bool
     return mask.scatter_(1, order[:, :2], True).view(weight.shape)
 
 
-def _apply(model: Any, options: Options, calibration: Calibration | None) -> Any:
+def prune_2of4(model: Any, options: Prune2of4Options, calibration: Calibration | None) -> Any:
+    """The model with a fixed mask on each linear layer of the encoder, the pooler included.
+
+    `finish` stores the other half sparse: 4 bits and 2 values for 4 weights.
+
+    Raises:
+        UserError: a layer's inputs are no multiple of 4; a weight is pruned, clustered or quantised already,
+            there is none, or `embeddings` of a language model, whose output matrix they are.
+    """
     found = weights_to_compress(model, NAME, embeddings=options.embeddings)
     for path, module in found:
         inputs = module.weight.shape[1]
@@ -48,11 +56,11 @@ METHODS = (
     Method(
         name=NAME,
         kind="pruning",
-        description="2 of each 4 consecutive weights become zero, for sparse tensor cores; stored sparse",
-        paper="Mishra et al. 2021, arXiv:2104.08378",
-        options=Options,
+        description="zero 2 of every 4 consecutive weights, for sparse tensor cores; stored sparse",
+        paper="Mishra et al. 2021, Accelerating Sparse Deep Neural Networks",
+        options=Prune2of4Options,
         main=None,
-        apply=_apply,
+        apply=prune_2of4,
         finish=lambda model, options: bake(model),
     ),
 )

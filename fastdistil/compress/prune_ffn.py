@@ -8,30 +8,29 @@ from pydantic import Field
 from torch import Tensor
 
 from fastdistil.compress.blocks import find_blocks, record_sizes
-from fastdistil.compress.importance import Importance, choose, comparable, importances
+from fastdistil.compress.importance import Importance, choose_importance, comparable, importances, top
 from fastdistil.compress.method import Calibration, Method
-from fastdistil.compress.prune_heads import top
 from fastdistil.compress.reconstruct import Moments, output_moments, refit
 from fastdistil.errors import UserError
 from fastdistil.schema import Section
 
 
 class PruneFFNOptions(Section):
-    ratio: float = Field(0.5, ge=0, lt=1, description="part of all neurons to remove")
+    ratio: float = Field(default=0.5, ge=0, lt=1, description="part of all neurons to remove")
     importance: Importance | None = Field(
-        None,
+        default=None,
         description="what a neuron is worth: the norm of its weights ('magnitude'), the change of the loss "
         "without it ('taylor'), its mean absolute activation ('activation'); default 'taylor' where there "
         "are examples to measure it on",
     )
     scope: Literal["layer", "global"] = Field(
-        "layer",
+        default="layer",
         description="'layer' keeps the same number of neurons in each layer, 'global' the most important "
         "of all",
     )
-    round_to: int = Field(8, ge=1, description="widths are multiples of it, for the vector units")
+    round_to: int = Field(default=8, ge=1, description="widths are multiples of it, for the vector units")
     reconstruct: bool | None = Field(
-        None,
+        default=None,
         description="refit the second matrix by ridge regression, so that on the examples it gives what it "
         "gave with all neurons, as nearly as it can; default where there are examples",
     )
@@ -48,7 +47,7 @@ def prune_ffn(model: Any, options: PruneFFNOptions, calibration: Calibration | N
             supported.
     """
     blocks = find_blocks(model, "ffn_input", "ffn_output")
-    importance = choose(options.importance, calibration, "prune-ffn")
+    importance = choose_importance(options.importance, calibration, "prune-ffn")
     if options.reconstruct and calibration is None:
         raise UserError("prune-ffn: reconstruct fits the matrices on training examples: name a task")
     scores = importances(model, blocks, "neurons", importance, calibration)
@@ -98,7 +97,7 @@ METHODS = (
     Method(
         name="prune-ffn",
         kind="pruning",
-        description="remove neurons of the feed-forward networks",
+        description="remove the least important neurons of the feed-forward networks",
         paper="Molchanov et al. 2019, Importance Estimation for Neural Network Pruning",
         options=PruneFFNOptions,
         main="ratio",

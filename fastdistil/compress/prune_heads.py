@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fastdistil.compress.blocks import Block, find_blocks, record_sizes
-from fastdistil.compress.importance import Importance, choose, comparable, importances
+from fastdistil.compress.importance import Importance, choose_importance, comparable, importances, top
 from fastdistil.compress.method import Calibration, Method
 from fastdistil.errors import UserError
 from fastdistil.schema import Section
@@ -16,21 +16,24 @@ from fastdistil.schema import Section
 
 class PruneHeadsOptions(Section):
     ratio: float | None = Field(
-        None, ge=0, lt=1, description="part of all heads to remove; default 0.5, or what `heads` names"
+        default=None,
+        ge=0,
+        lt=1,
+        description="part of all heads to remove; default 0.5, or what `heads` names",
     )
     importance: Importance | None = Field(
-        None,
+        default=None,
         description="what a head is worth: the norm of its weights ('magnitude'), the change of the loss "
         "without it ('taylor'), its mean absolute output ('activation'); default 'taylor' where there are "
         "examples to measure it on",
     )
     scope: Literal["layer", "global"] = Field(
-        "layer",
+        default="layer",
         description="'layer' keeps the same number of heads in each layer, 'global' the most important of "
         "all, and at least one in each layer",
     )
     heads: dict[int, list[int]] | None = Field(
-        None, description="the heads to remove, 0-based, of each 0-based layer, instead of a ratio"
+        default=None, description="the heads to remove, 0-based, of each 0-based layer, instead of a ratio"
     )
 
 
@@ -50,7 +53,7 @@ def prune_heads(model: Any, options: PruneHeadsOptions, calibration: Calibration
             raise UserError("prune-heads: give either ratio or heads, not both")
         kept = _without(blocks, options.heads)
     else:
-        importance = choose(options.importance, calibration, "prune-heads")
+        importance = choose_importance(options.importance, calibration, "prune-heads")
         scores = importances(model, blocks, "heads", importance, calibration)
         kept = kept_heads(scores, 0.5 if options.ratio is None else options.ratio, options.scope, importance)
     for block, heads in zip(blocks, kept, strict=True):
@@ -78,11 +81,6 @@ def kept_heads(
     return [part.nonzero().flatten() for part in chosen.split([len(score) for score in scores])]
 
 
-def top(scores: Tensor, count: int) -> Tensor:
-    """The places of the `count` highest scores, ascending; of equal ones the first."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
-
-
 def _without(blocks: Sequence[Block], heads: dict[int, list[int]]) -> list[Tensor]:
     for layer, gone in heads.items():
         if not 0 <= layer < len(blocks):
@@ -108,7 +106,7 @@ METHODS = (
     Method(
         name="prune-heads",
         kind="pruning",
-        description="remove attention heads",
+        description="remove the least important attention heads",
         paper="Michel et al. 2019, Are Sixteen Heads Really Better than One?",
         options=PruneHeadsOptions,
         main="ratio",

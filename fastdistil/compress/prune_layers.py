@@ -17,12 +17,12 @@ By = Literal["spread", "top", "bottom", "importance"]
 
 
 class PruneLayersOptions(Section):
-    num_layers: int | None = Field(None, ge=1, description="layers to keep; default half of them")
+    num_layers: int | None = Field(default=None, ge=1, description="layers to keep; default half of them")
     ratio: float | None = Field(
-        None, ge=0, lt=1, description="part of the layers to remove, instead of num_layers"
+        default=None, ge=0, lt=1, description="part of the layers to remove, instead of num_layers"
     )
     by: By = Field(
-        "spread",
+        default="spread",
         description="which layers go: those between evenly spread ones ('spread'), the last ('top'), the "
         "first ('bottom'), or one after another the one without which the loss is lowest ('importance', "
         "many passes over the examples)",
@@ -140,7 +140,7 @@ METHODS = (
     Method(
         name="prune-layers",
         kind="pruning",
-        description="remove layers",
+        description="remove whole layers",
         paper="Sajjad et al. 2023, On the Effect of Dropping Layers of Pre-trained Transformer Models",
         options=PruneLayersOptions,
         main="num_layers",

@@ -13,7 +13,7 @@ from fastdistil.schema import Section
 NAME = "prune-magnitude"
 
 
-class Options(Section):
+class PruneMagnitudeOptions(Section):
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of the weights that become zero")
     scope: Literal["layer", "global"] = Field(
         default="layer",
@@ -29,8 +29,17 @@ class Options(Section):
     )
 
 
-def _apply(model: Any, options: Options, calibration: Calibration | None) -> Any:
-    """Puts a mask on each weight. With `scope` global, the magnitudes here decide each one's share."""
+def prune_magnitude(model: Any, options: PruneMagnitudeOptions, calibration: Calibration | None) -> Any:
+    """The model with a mask on each linear layer of the encoder, the pooler included; the head has none.
+
+    In training the sparsity rises as `cubic_sparsity` has it, over `steps` optimiser steps; without steps the
+    masks have the full sparsity at once. With `scope` global, the magnitudes at the start decide the share of
+    each matrix. `finish` stores what is left sparse.
+
+    Raises:
+        UserError: a weight is pruned, clustered or quantised already, there is none, or `embeddings` of a
+            language model, whose output matrix they are.
+    """
     found = weights_to_compress(model, NAME, embeddings=options.embeddings)
     if options.scope == "global":
         zeros = _global_zeros([module.weight.detach() for _, module in found], options.sparsity)
@@ -57,11 +66,11 @@ METHODS = (
     Method(
         name=NAME,
         kind="pruning",
-        description="the weights of smallest magnitude become zero; stored sparse, not faster by itself",
-        paper="Zhu and Gupta 2017, arXiv:1710.01878",
-        options=Options,
+        description="zero the smallest weights; stored sparse, no faster by itself",
+        paper="Zhu and Gupta 2017, To Prune, or Not to Prune",
+        options=PruneMagnitudeOptions,
         main="sparsity",
-        apply=_apply,
+        apply=prune_magnitude,
         finish=lambda model, options: bake(model),
         uses_steps=True,
     ),

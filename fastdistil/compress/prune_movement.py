@@ -23,7 +23,7 @@ from fastdistil.schema import Section
 NAME = "prune-movement"
 
 
-class Options(Section):
+class PruneMovementOptions(Section):
     sparsity: float = Field(default=0.5, ge=0, lt=1, description="share of each matrix that becomes zero")
     embeddings: bool = Field(default=False, description="prune the embeddings, too")
     steps: int | None = Field(
@@ -37,13 +37,21 @@ class Options(Section):
     )
 
     @model_validator(mode="after")
-    def _shares(self) -> "Options":
+    def _shares(self) -> "PruneMovementOptions":
         if self.warmup + self.cooldown >= 1:
             raise ValueError(f"warmup + cooldown must be < 1, got {self.warmup + self.cooldown:g}")
         return self
 
 
-def _apply(model: Any, options: Options, calibration: Calibration | None) -> Any:
+def prune_movement(model: Any, options: PruneMovementOptions, calibration: Calibration | None) -> Any:
+    """The model with a mask and scores on each linear layer of the encoder, the pooler included.
+
+    `finish` stores what the last scores leave, sparse.
+
+    Raises:
+        UserError: no `steps`, in `finish` no training; a weight is pruned, clustered or quantised already,
+            there is none, or `embeddings` of a language model, whose output matrix they are.
+    """
     if options.steps is None:
         raise UserError(f"{NAME} learns in the recovery which weights to keep: give it recovery steps")
     schedule = {"steps": options.steps, "warmup": options.warmup, "cooldown": options.cooldown}
@@ -53,7 +61,7 @@ def _apply(model: Any, options: Options, calibration: Calibration | None) -> Any
     return model
 
 
-def _finish(model: Any, options: Options) -> Any:
+def _finish(model: Any, options: PruneMovementOptions) -> Any:
     masks = [code_of(model.get_submodule(path)) for path, _ in coded_weights(model, "masked")]
     if not all(mask.scores.any() for mask in masks):
         raise UserError(
@@ -66,11 +74,11 @@ METHODS = (
     Method(
         name=NAME,
         kind="pruning",
-        description="the weights that training moves towards zero become zero; stored sparse",
-        paper="Sanh et al. 2020, arXiv:2005.07683",
-        options=Options,
+        description="zero the weights that training moves towards zero; stored sparse, no faster by itself",
+        paper="Sanh et al. 2020, Movement Pruning: Adaptive Sparsity by Fine-Tuning",
+        options=PruneMovementOptions,
         main="sparsity",
-        apply=_apply,
+        apply=prune_movement,
         finish=_finish,
         uses_steps=True,
     ),

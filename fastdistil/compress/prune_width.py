@@ -5,9 +5,8 @@ from typing import Any
 from pydantic import Field
 
 from fastdistil.compress.blocks import find_blocks, record_sizes
-from fastdistil.compress.importance import Importance, choose, importances
+from fastdistil.compress.importance import Importance, choose_importance, importances, top
 from fastdistil.compress.method import Calibration, Method
-from fastdistil.compress.prune_heads import top
 from fastdistil.compress.spaces import dim_importance, find_spaces
 from fastdistil.errors import UserError
 from fastdistil.schema import Section
@@ -15,10 +14,10 @@ from fastdistil.schema import Section
 
 class PruneWidthOptions(Section):
     ratio: float = Field(
-        0.5, ge=0, lt=1, description="part of hidden_size to remove, rounded to the size of a head"
+        default=0.5, ge=0, lt=1, description="part of hidden_size to remove, rounded to the size of a head"
     )
     importance: Importance | None = Field(
-        None,
+        default=None,
         description="what a dimension is worth: the norm of its weights ('magnitude'), the change of the "
         "loss without it ('taylor'), its mean absolute value ('activation'); default 'taylor' where there "
         "are examples to measure it on",
@@ -38,7 +37,7 @@ def prune_width(model: Any, options: PruneWidthOptions, calibration: Calibration
         UserError: a ratio that, rounded, removes nothing; an importance that needs examples without any; a
             family or head that is not supported; a model that is factorised, quantised or masked.
     """
-    importance = choose(options.importance, calibration, "prune-width")
+    importance = choose_importance(options.importance, calibration, "prune-width")
     blocks = find_blocks(model, "projections", "attention_output", "ffn_input", "ffn_output")
     spaces = find_spaces(model, blocks)
     config = model.config
@@ -73,7 +72,7 @@ METHODS = (
     Method(
         name="prune-width",
         kind="pruning",
-        description="remove dimensions of the hidden states",
+        description="remove the least important dimensions of the hidden states",
         paper="Molchanov et al. 2019, Importance Estimation for Neural Network Pruning",
         options=PruneWidthOptions,
         main="ratio",

@@ -45,11 +45,11 @@ class Int8Options(Section):
     )
 
 
-class StaticOptions(Int8Options):
+class Int8StaticOptions(Int8Options):
     batches: int = Field(default=16, ge=1, description="of the calibration examples that set the scales")
 
 
-class QatOptions(Section):
+class Int8QatOptions(Section):
     backend: Literal["onnxruntime", "torchao"] = Field(
         default="onnxruntime", description="whose rounding is learnt, and what the int8 model then runs on"
     )
@@ -65,6 +65,14 @@ class NoOptions(Section):
 
 
 def apply_dynamic(model: Any, options: Int8Options, calibration: Calibration | None) -> Any:
+    """The model in int8, the scales of its activations taken from their values as the model runs.
+
+    With backend "torchao" a scale for each token, with "onnxruntime" one for a tensor.
+
+    Raises:
+        UserError: the model is quantised, in half precision or exported already; the backend cannot make it.
+        RunError: what the backend makes answers something else.
+    """
     model = _float_model(model, "int8")
     builders = {
         "onnxruntime": partial(_onnxruntime, model, options, "dynamic", calibration),
@@ -73,7 +81,13 @@ def apply_dynamic(model: Any, options: Int8Options, calibration: Calibration | N
     return _by_backend(model, options, builders, calibration)
 
 
-def apply_static(model: Any, options: StaticOptions, calibration: Calibration | None) -> Any:
+def apply_static(model: Any, options: Int8StaticOptions, calibration: Calibration | None) -> Any:
+    """The model in int8, the scales of its activations set beforehand, on the first `batches` examples.
+
+    Raises:
+        UserError: no examples, or as `apply_dynamic`.
+        RunError: as `apply_dynamic`.
+    """
     if calibration is None or not calibration.batches:
         raise UserError(
             "int8-static sets its scales on a task's training examples: give a task, or take int8"
@@ -87,7 +101,11 @@ def apply_static(model: Any, options: StaticOptions, calibration: Calibration | 
     return _by_backend(model, options, builders, calibration)
 
 
-def apply_qat(model: Any, options: QatOptions, calibration: Calibration | None) -> Any:
+def apply_qat(model: Any, options: Int8QatOptions, calibration: Calibration | None) -> Any:
+    """The model in float, rounding its weights and activations as the backend's int8 will: for training.
+
+    Raises `UserError` as `apply_dynamic`.
+    """
     model = _float_model(model, "int8-qat")
     if options.backend == "torchao":
         paths = layers_to_quantize(model, embeddings=options.embeddings)
@@ -98,7 +116,8 @@ def apply_qat(model: Any, options: QatOptions, calibration: Calibration | None) 
     return add_fake_quantisation(model, paths, "tensor")
 
 
-def finish_qat(model: Any, options: QatOptions) -> Any:
+def finish_qat(model: Any, options: Int8QatOptions) -> Any:
+    """The int8 model of what `apply_qat` made, trained or not."""
     paths = remove_fake_quantisation(model)
     if options.backend == "torchao":
         return quantize_layers(model, paths)
@@ -106,6 +125,11 @@ def finish_qat(model: Any, options: QatOptions) -> Any:
 
 
 def apply_embeddings(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
+    """The model with int8 embedding tables, a scale for each row; everything else stays in float.
+
+    Raises:
+        UserError: there is no table that is not an output matrix too, or it is quantised already.
+    """
     model = _float_model(model, "int8-embeddings")
     tables = [
         path
@@ -118,16 +142,24 @@ def apply_embeddings(model: Any, options: NoOptions, calibration: Calibration | 
 
 
 def apply_bf16(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
+    """The model with its floating weights in bfloat16; `UserError` if it is quantised already."""
     _refuse_quantised(model, "bf16")
     return cast(model, torch.bfloat16)
 
 
 def apply_onnx(model: Any, options: OnnxOptions, calibration: Calibration | None) -> Any:
+    """The model on ONNX Runtime, in float32, as `export_onnx` writes it.
+
+    Raises:
+        UserError: the model is quantised already, or the exporter refuses the opset or the model.
+        RunError: the exported model answers something else.
+    """
     _refuse_quantised(model, "onnx", allowed=("int8_embedding",))
     return onnx_model(densify(model), opset=options.opset)
 
 
 def apply_onnx_int8(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
+    """`apply_dynamic` with backend "onnxruntime"."""
     model = _float_model(model, "onnx-int8")
     return _onnxruntime(model, Int8Options(), "dynamic", calibration)
 
@@ -193,7 +225,7 @@ def _onnxruntime(
     return int8_onnx_model(_prepared(model, options, calibration), mode, batches)
 
 
-def _require_embeddings(options: Int8Options | QatOptions) -> None:
+def _require_embeddings(options: Int8Options | Int8QatOptions) -> None:
     if not options.embeddings:
         raise UserError("embeddings: false is for the backend torchao; with onnxruntime they are int8")
 
@@ -223,31 +255,47 @@ def _method(name: str, description: str, options: type[Section], apply: Any, **k
 METHODS = (
     _method(
         "int8",
-        "int8 weights and embeddings, activations rounded as they come",
+        "quantise weights, embeddings and activations to int8, with scales found as the model runs",
         Int8Options,
         apply_dynamic,
         main="backend",
     ),
     _method(
         "int8-static",
-        "int8 with the activations' scales set beforehand, on examples",
-        StaticOptions,
+        "quantise to int8, with the activations' scales set beforehand on training examples",
+        Int8StaticOptions,
         apply_static,
         main="backend",
     ),
     _method(
         "int8-qat",
-        "int8 that the model learns to live with, in distillation from the float teacher",
-        QatOptions,
+        "train under int8 rounding, by distillation from the float teacher, then quantise to int8",
+        Int8QatOptions,
         apply_qat,
         main="backend",
         finish=finish_qat,
         recovers=True,
     ),
-    _method("int8-embeddings", "int8 embedding tables, a scale for each row", NoOptions, apply_embeddings),
-    _method("bf16", "weights and arithmetic in bfloat16", NoOptions, apply_bf16, paper=None),
     _method(
-        "onnx", "float32 on ONNX Runtime", OnnxOptions, apply_onnx, kind="runtime", paper=None, main="opset"
+        "int8-embeddings",
+        "quantise the embedding tables alone to int8, with a scale for each row",
+        NoOptions,
+        apply_embeddings,
     ),
-    _method("onnx-int8", "int8 on ONNX Runtime: int8 with backend onnxruntime", NoOptions, apply_onnx_int8),
+    _method("bf16", "store the weights and compute in bfloat16", NoOptions, apply_bf16, paper=None),
+    _method(
+        "onnx",
+        "run in float32 on ONNX Runtime",
+        OnnxOptions,
+        apply_onnx,
+        kind="runtime",
+        paper=None,
+        main="opset",
+    ),
+    _method(
+        "onnx-int8",
+        "quantise to int8 for ONNX Runtime; the same as int8 with backend onnxruntime",
+        NoOptions,
+        apply_onnx_int8,
+    ),
 )

@@ -49,7 +49,8 @@ def output_moments(model: Any, blocks: Sequence[Block], calibration: Calibration
     try:
         with torch.no_grad():
             for batch in calibration.batches:
-                mask = batch.attention_mask.bool()
+                # The options of a choice (B, C, L) are sequences like others.
+                mask = batch.attention_mask.bool().flatten(0, -2)
                 calibration.loss(model, batch)
                 tokens += int(mask.sum())
     finally:

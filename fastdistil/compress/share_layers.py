@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from fastdistil.compress.blocks import SUPPORTED, stack_path
+from fastdistil.compress.blocks import require_family, stack_path
 from fastdistil.compress.method import Calibration, Method
 from fastdistil.compress.replacements import replace, replacement
 from fastdistil.errors import UserError
@@ -38,7 +38,17 @@ class ShareLayersOptions(Section):
     )
 
 
-def apply(model: Any, options: ShareLayersOptions, calibration: Calibration | None) -> Any:
+def share_layers(model: Any, options: ShareLayersOptions, calibration: Calibration | None) -> Any:
+    """The model with `groups` layers' weights, each used by about depth / groups layers in a row.
+
+    It computes as much as before, and its folder holds the weights of a group once. "best" takes a pass over
+    the examples for each layer.
+
+    Raises:
+        UserError: as many groups as layers, or more; "best" without examples; "mean" of layers that differ
+            in size or are stored in a code; layers that share weights already; a family that is not
+            supported.
+    """
     path, stack, parts = _stack(model)
     depth = len(stack)
     groups = max(1, depth // 2) if options.groups is None else options.groups
@@ -122,28 +132,23 @@ def _average(stack: nn.ModuleList, group: range, parts: Sequence[str]) -> None:
 
 def _stack(model: Any) -> tuple[str, nn.ModuleList, Sequence[str]]:
     """The path of the model's layers, they, and the parts of one that can be shared."""
-    family = model.config.model_type
-    if family not in SUPPORTED:
-        raise UserError(
-            f"share-layers: {type(model).__name__} (model type {family!r}) is not supported; supported: "
-            f"{', '.join(SUPPORTED)}"
-        )
+    require_family(model, "share-layers")
     path = stack_path(model)
     stack = model.get_submodule(path)
     weights = [parameter for layer in stack for parameter in layer.parameters()]
     if len({id(weight) for weight in weights}) < len(weights):
         raise UserError("share-layers: the layers share weights already")
-    return path, stack, _MODERNBERT if family == "modernbert" else _WHOLE
+    return path, stack, _MODERNBERT if model.config.model_type == "modernbert" else _WHOLE
 
 
 METHODS = (
     Method(
         name="share-layers",
         kind="sharing",
-        description="groups of consecutive layers with the same weights, as in ALBERT",
+        description="let groups of consecutive layers share their weights, as in ALBERT",
         paper="Lan et al. 2020, ALBERT: A Lite BERT for Self-supervised Learning of Language Representations",
         options=ShareLayersOptions,
         main="groups",
-        apply=apply,
+        apply=share_layers,
     ),
 )

@@ -164,7 +164,9 @@ def _taylor(space: Space, model: Any, calibration: Calibration) -> Tensor:
     with _reading(space, multiply), torch.enable_grad():
         for batch in calibration.batches:
             rows = len(batch.input_ids)
-            gate = torch.ones(rows, width, device=device, dtype=model.dtype, requires_grad=True)
+            # The options of a choice (B, C, L) are sequences like others.
+            sequences = batch.input_ids.shape[:-1].numel()
+            gate = torch.ones(sequences, width, device=device, dtype=model.dtype, requires_grad=True)
             (gradient,) = torch.autograd.grad(calibration.loss(model, batch), gate)
             total += (rows * gradient.double().abs()).sum(0).cpu()
             examples += rows
@@ -182,7 +184,7 @@ def _activation(space: Space, model: Any, calibration: Calibration) -> Tensor:
 
     with _reading(space, add), torch.no_grad():
         for batch in calibration.batches:
-            mask = batch.attention_mask.bool()
+            mask = batch.attention_mask.bool().flatten(0, -2)
             calibration.loss(model, batch)
     return total / len(calibration.batches)
 

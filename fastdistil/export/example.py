@@ -5,9 +5,9 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastdistil.compress.encoded import kind_of
+from fastdistil.compress.encoded import densify, kind_of
 
 AXES = ("batch", "choices", "length")
 SHORTEST = 3  # tokens of a text: two special ones and its own
@@ -17,30 +17,10 @@ _CHOICES = 2
 
 
 def with_plain_weights(model: Any) -> Any:
-    """`model`, or, if some of its weights are stored in a code, a copy without.
-
-    The code cannot be taken out of the copy: torch keeps it in the layer's class, which is the model's, too.
-    """
+    """`model`, or, if some of its weights are stored in a code, a copy without."""
     if all(kind_of(module) not in _CODED for module in model.modules()):
         return model
-    model, plain = copy.deepcopy(model), dict[nn.Module, nn.Module]()
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if kind_of(module) in _CODED:
-            plain.setdefault(module, _plain(module))
-            model.set_submodule(name, plain[module])
-    return model
-
-
-def _plain(module: Any) -> nn.Module:
-    fresh: Any
-    if isinstance(module, nn.Embedding):
-        rows, width = module.weight.shape
-        fresh = nn.Embedding(rows, width, padding_idx=module.padding_idx, device="meta")
-    else:
-        fresh = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        fresh.bias = module.bias
-    fresh.weight = nn.Parameter(module.weight.detach())
-    return fresh.train(module.training)  # type: ignore[no-any-return]
+    return densify(copy.deepcopy(model))
 
 
 def example_inputs(model: Any, batch_size: int = 2, length: int = _LENGTH) -> dict[str, Tensor]:

@@ -143,4 +143,5 @@ class ExecutorchModel(RuntimeModel):
             # The runtime writes the next outputs into the same memory.
             return [value.clone() for value in self._method.execute([x.contiguous() for x in part])]
         except RuntimeError as error:
-            raise RunError(f"ExecuTorch failed on inputs of shape {tuple(part[0].shape)}: {error}") from None
+            shape = tuple(part[0].shape)
+            raise RunError(f"ExecuTorch failed on inputs of shape {shape}: {reason(error)}") from None

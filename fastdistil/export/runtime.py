@@ -95,6 +95,8 @@ class OnnxModel(RuntimeModel):
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
+        # Else its threads go on spinning for a while after a pass, and take the processor from other models.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         file = self.folder / self.exported.file
         try:
             session = onnxruntime.InferenceSession(
@@ -114,7 +116,7 @@ class OnnxModel(RuntimeModel):
             values = self._session.run(self._outputs, self.feed(inputs))
         except Exception as error:
             shape = tuple(inputs["input_ids"].shape)
-            raise RunError(f"ONNX Runtime failed on inputs of shape {shape}: {error}") from None
+            raise RunError(f"ONNX Runtime failed on inputs of shape {shape}: {reason(error)}") from None
         return {name: torch.from_numpy(value) for name, value in zip(self._outputs, values, strict=True)}
 
     def feed(self, inputs: dict[str, Tensor]) -> dict[str, np.ndarray]:

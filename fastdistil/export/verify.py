@@ -119,16 +119,18 @@ def _rows(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _compare(pairs: list[tuple[list[Tensor], list[Tensor], bool]]) -> Verification:
-    error = same = rows = texts = 0.0
+    same = rows = texts = 0.0
+    errors: list[Tensor] = []
     dot = ours_squared = theirs_squared = 0.0
     for theirs, ours, _ in pairs:
         texts += len(theirs[0])
         for expected, got in zip(theirs, ours, strict=True):
-            error = max(error, (expected - got).abs().max().item())
+            errors.append((expected - got).abs().max())
             same += (expected.argmax(-1) == got.argmax(-1)).sum().item()
             rows += len(expected)
             dot += (expected.double() * got.double()).sum().item()
             ours_squared += got.double().square().sum().item()
             theirs_squared += expected.double().square().sum().item()
     cosine = dot / max((ours_squared * theirs_squared) ** 0.5, 1e-30)
+    error = torch.stack(errors).max().item()  # NaN if one of them is
     return Verification(int(texts), error, same / rows if pairs[0][2] else None, cosine)

@@ -1,3 +1,4 @@
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastdistil.compress import prune_magnitude
-from fastdistil.compress.cluster import METHODS, Options, k_means
+from fastdistil.compress.cluster import METHODS, ClusterOptions, k_means
 from fastdistil.compress.encoded import code_of, densify, parameter_of
 from fastdistil.compress.huffman import CHUNK
 from fastdistil.compress.replacements import replacements
@@ -21,13 +22,13 @@ PATH = "bert.encoder.layer.1.output.dense"
 
 
 def cluster(model: Any, **options: Any) -> Any:
-    chosen = Options(**options)
+    chosen = ClusterOptions(**options)
     return METHOD.finish(METHOD.apply(model, chosen, None), chosen)
 
 
 def prune(model: Any, sparsity: float) -> Any:
     (method,) = prune_magnitude.METHODS
-    options = prune_magnitude.Options(sparsity=sparsity, embeddings=True)
+    options = prune_magnitude.PruneMagnitudeOptions(sparsity=sparsity, embeddings=True)
     return method.finish(method.apply(model, options, None), options)
 
 
@@ -219,6 +220,16 @@ def test_densify_gives_plain_weights_of_the_same_values(tiny_bert: Any, run: Cal
     assert torch.equal(run(model), expected)
 
 
+def test_densify_leaves_the_model_alone_that_was_copied(tiny_bert: Any, run: Callable[[Any], Tensor]) -> None:
+    model = cluster(tiny_bert)
+    expected, listed = run(model), replacements(model)
+    copied = densify(copy.deepcopy(model))
+    assert torch.equal(run(copied), expected)
+    assert torch.equal(run(model.train().eval()), expected)
+    assert replacements(model) == listed
+    assert code_of(model.get_submodule(PATH)).kind == "clustered"
+
+
 def test_works_in_bfloat16(tiny_bert: Any, reload_equal: Callable[[Any], Any]) -> None:
     model = cluster(tiny_bert)
     float32 = model.get_submodule(PATH).weight.detach()
@@ -230,7 +241,7 @@ def test_works_in_bfloat16(tiny_bert: Any, reload_equal: Callable[[Any], Any]) -
 @pytest.mark.parametrize("options", [{"bits": 0}, {"bits": 9}, {"bits_embeddings": 9}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(options))):
-        Options(**options)
+        ClusterOptions(**options)
 
 
 def test_clustering_twice_is_refused(tiny_bert: Any) -> None:
@@ -247,7 +258,7 @@ def test_pruning_what_is_clustered_is_refused(tiny_bert: Any) -> None:
 
 def test_a_mask_that_is_not_finished_is_refused(tiny_bert: Any) -> None:
     (method,) = prune_magnitude.METHODS
-    method.apply(tiny_bert, prune_magnitude.Options(), None)
+    method.apply(tiny_bert, prune_magnitude.PruneMagnitudeOptions(), None)
     with pytest.raises(UserError, match="is pruned already"):
         cluster(tiny_bert)
 

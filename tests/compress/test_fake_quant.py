@@ -18,7 +18,7 @@ from fastdistil.compress.fake_quant import (
 )
 from fastdistil.compress.int8_modules import Int8Embedding, Int8Linear
 from fastdistil.compress.method import Calibration
-from fastdistil.compress.quantize import QatOptions, apply_qat, finish_qat, layers_to_quantize
+from fastdistil.compress.quantize import Int8QatOptions, apply_qat, finish_qat, layers_to_quantize
 from fastdistil.compress.replacements import replacements
 from fastdistil.compress.store import load
 
@@ -98,7 +98,7 @@ def test_removing_gives_the_float_model_back(tiny_bert: Any, run: Run) -> None:
 
 
 def test_a_model_in_training_reloads_to_the_last_bit(tiny_bert: Any, reload_equal: Any) -> None:
-    loaded = reload_equal(apply_qat(tiny_bert, QatOptions(), None))
+    loaded = reload_equal(apply_qat(tiny_bert, Int8QatOptions(), None))
     assert isinstance(loaded.bert.pooler.dense, FakeInt8Linear)
 
 
@@ -110,7 +110,7 @@ def test_the_int8_model_computes_what_was_learnt(
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    options, model = QatOptions(backend=backend), load(save(build(family)))
+    options, model = Int8QatOptions(backend=backend), load(save(build(family)))
     untrained = run(model)
     model = apply_qat(model, options, calibration)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -125,7 +125,7 @@ def test_the_int8_model_computes_what_was_learnt(
 
 
 def test_training_lowers_the_loss_under_rounding(tiny_bert: Any, calibration: Calibration) -> None:
-    model = apply_qat(tiny_bert, QatOptions(backend="torchao"), calibration)
+    model = apply_qat(tiny_bert, Int8QatOptions(backend="torchao"), calibration)
     batch = calibration.batches[0]
     before = calibration.loss(model, batch).item()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -133,5 +133,5 @@ def test_training_lowers_the_loss_under_rounding(tiny_bert: Any, calibration: Ca
         optimizer.zero_grad()
         calibration.loss(model, batch).backward()
         optimizer.step()
-    real = finish_qat(model.eval(), QatOptions(backend="torchao"))
+    real = finish_qat(model.eval(), Int8QatOptions(backend="torchao"))
     assert calibration.loss(real, batch).item() < 0.8 * before

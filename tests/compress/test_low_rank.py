@@ -251,7 +251,7 @@ def test_the_factors_export_to_onnx(build, run):
 
 def test_a_second_time_there_is_nothing_left(build):
     model = _apply(build("bert"))
-    with pytest.raises(UserError, match="no dense linear layer is left"):
+    with pytest.raises(UserError, match="no dense linear layer of float weights is left"):
         _apply(model)
 
 

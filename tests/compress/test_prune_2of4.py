@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdistil.compress.prune_2of4 import METHODS, Options, two_of_four
+from fastdistil.compress.prune_2of4 import METHODS, Prune2of4Options, two_of_four
 from fastdistil.compress.replacements import replacements
 from fastdistil.errors import UserError
 
@@ -29,7 +29,7 @@ def test_of_equal_weights_two_are_kept() -> None:
 def test_the_pattern_holds_in_training_and_after_reloading(
     tiny_bert: Any, calibration: Any, reload_equal: Callable[[Any], Any]
 ) -> None:
-    options = Options()
+    options = Prune2of4Options()
     model = METHOD.apply(tiny_bert, options, None).train()
     mask = model.get_submodule(PATH).weight != 0
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
@@ -47,7 +47,9 @@ def test_the_pattern_holds_in_training_and_after_reloading(
 def test_every_family_reloads_bit_equal(
     build: Callable[..., Any], family: str, reload_equal: Callable[[Any], Any]
 ) -> None:
-    model = METHOD.finish(METHOD.apply(build(family), Options(embeddings=True), None), Options())
+    model = METHOD.finish(
+        METHOD.apply(build(family), Prune2of4Options(embeddings=True), None), Prune2of4Options()
+    )
     assert {spec.get("pattern") for _, spec in replacements(model)} == {"2:4"}
     reload_equal(model)
 
@@ -57,11 +59,11 @@ def test_inputs_that_are_no_multiple_of_4_are_refused(build: Callable[..., Any])
     with pytest.raises(
         UserError, match=r"layer\.0\.output\.dense has 46 inputs, which is not a multiple of 4"
     ):
-        METHOD.apply(model, Options(), None)
+        METHOD.apply(model, Prune2of4Options(), None)
     assert replacements(model) == []
 
 
 def test_pruning_twice_is_refused(tiny_bert: Any) -> None:
-    METHOD.finish(METHOD.apply(tiny_bert, Options(), None), Options())
+    METHOD.finish(METHOD.apply(tiny_bert, Prune2of4Options(), None), Prune2of4Options())
     with pytest.raises(UserError, match="is pruned already"):
-        METHOD.apply(tiny_bert, Options(), None)
+        METHOD.apply(tiny_bert, Prune2of4Options(), None)

@@ -10,6 +10,7 @@ from fastdistil.compress.blocks import find_blocks
 from fastdistil.compress.importance import importances
 from fastdistil.compress.method import Calibration
 from fastdistil.compress.prune_heads import METHODS, PruneHeadsOptions, kept_heads, prune_heads
+from fastdistil.compress.registry import find_method
 from fastdistil.compress.replacements import replacements
 from fastdistil.errors import UserError
 
@@ -235,9 +236,16 @@ def test_matrices_that_are_no_longer_plain_are_refused(tiny_bert: Any) -> None:
     query = tiny_bert.bert.encoder.layer[1].attention.self
     query.query = torch.nn.Sequential(torch.nn.Linear(32, 4), torch.nn.Linear(4, 32))
     with pytest.raises(
-        UserError, match=r"layer\.1\.attention\.self\.query is a Sequential, .*prune by structure"
+        UserError, match=r"layer\.1\.attention\.self\.query is a Sequential, .*prune heads, neurons and"
     ):
         prune_heads(tiny_bert, PruneHeadsOptions(), None)
+
+
+def test_masked_matrices_are_refused_in_the_users_words(tiny_bert: Any) -> None:
+    method = find_method("prune-magnitude")
+    model = method.apply(tiny_bert, method.options(), None)
+    with pytest.raises(UserError, match=r"layer\.0\.attention\.self\.query is pruned already, so that"):
+        prune_heads(model, PruneHeadsOptions(), None)
 
 
 @pytest.mark.parametrize("part", ["", ".attention"])

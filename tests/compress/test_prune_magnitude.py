@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastdistil.compress.encoded import code_of, weights_to_compress
-from fastdistil.compress.prune_magnitude import METHODS, Options
+from fastdistil.compress.prune_magnitude import METHODS, PruneMagnitudeOptions
 from fastdistil.compress.replacements import replacements
 from fastdistil.compress.store import load
 from fastdistil.compress.weight_masks import cubic_sparsity, largest
@@ -20,7 +20,7 @@ PATH = "bert.encoder.layer.1.output.dense"
 
 
 def prune(model: Any, **options: Any) -> Any:
-    chosen = Options(**options)
+    chosen = PruneMagnitudeOptions(**options)
     return METHOD.finish(METHOD.apply(model, chosen, None), chosen)
 
 
@@ -120,7 +120,7 @@ def test_half_the_weights_take_less_than_the_file_did(
 
 
 def test_a_mask_holds_in_training(tiny_bert: Any, calibration: Any) -> None:
-    options = Options(sparsity=0.6, gradual=False)
+    options = PruneMagnitudeOptions(sparsity=0.6, gradual=False)
     model = METHOD.apply(tiny_bert, options, calibration)
     masks = {name: m.weight != 0 for name, m in linears(model).items()}
     before = {name: m.weight.detach().clone() for name, m in linears(model).items()}
@@ -134,7 +134,7 @@ def test_a_mask_holds_in_training(tiny_bert: Any, calibration: Any) -> None:
 def test_the_finished_model_computes_what_the_masked_one_did(
     tiny_bert: Any, calibration: Any, run: Callable[[Any], Tensor]
 ) -> None:
-    options = Options(sparsity=0.6, gradual=False)
+    options = PruneMagnitudeOptions(sparsity=0.6, gradual=False)
     model = METHOD.apply(tiny_bert, options, calibration)
     train(model, calibration, steps=2)
     masked = run(model)
@@ -147,7 +147,7 @@ def test_the_schedule_is_cubic_between_warmup_and_cooldown() -> None:
 
 
 def test_the_sparsity_rises_by_optimiser_steps(tiny_bert: Any, calibration: Any) -> None:
-    options = Options(sparsity=0.8, steps=10, cooldown=0.5)
+    options = PruneMagnitudeOptions(sparsity=0.8, steps=10, cooldown=0.5)
     model = METHOD.apply(tiny_bert, options, calibration)
     linear = model.get_submodule(PATH)
     found = []
@@ -161,7 +161,7 @@ def test_the_sparsity_rises_by_optimiser_steps(tiny_bert: Any, calibration: Any)
 
 
 def test_a_full_mask_does_not_change_any_more(tiny_bert: Any, calibration: Any) -> None:
-    options = Options(sparsity=0.5, steps=4, cooldown=0.5)
+    options = PruneMagnitudeOptions(sparsity=0.5, steps=4, cooldown=0.5)
     model = METHOD.apply(tiny_bert, options, calibration)
     optimizer = train(model, calibration, steps=3)
     mask = code_of(model.get_submodule(PATH)).mask.clone()
@@ -171,7 +171,7 @@ def test_a_full_mask_does_not_change_any_more(tiny_bert: Any, calibration: Any) 
 
 
 def test_training_that_ends_early_is_finished_at_the_full_sparsity(tiny_bert: Any, calibration: Any) -> None:
-    options = Options(sparsity=0.5, steps=100)
+    options = PruneMagnitudeOptions(sparsity=0.5, steps=100)
     model = METHOD.apply(tiny_bert, options, calibration)
     train(model, calibration, steps=2)
     weight = METHOD.finish(model, options).get_submodule(PATH).weight
@@ -182,7 +182,7 @@ def test_training_that_ends_early_is_finished_at_the_full_sparsity(tiny_bert: An
 def test_resuming_gives_the_masks_of_an_unbroken_training(
     build: Callable[..., Any], calibration: Any, tmp_path: Path, stop: int
 ) -> None:
-    options = Options(sparsity=0.7, steps=6, cooldown=0.2)
+    options = PruneMagnitudeOptions(sparsity=0.7, steps=6, cooldown=0.2)
     whole, broken, resumed = (METHOD.apply(build("bert"), options, None) for _ in range(3))
     optimizers = [
         torch.optim.SGD(model.parameters(), lr=0.1) for model in (whole, broken, resumed)
@@ -197,7 +197,7 @@ def test_resuming_gives_the_masks_of_an_unbroken_training(
 
 
 def test_an_interrupted_step_begins_again(tiny_bert: Any, calibration: Any) -> None:
-    model = METHOD.apply(tiny_bert, Options(sparsity=0.7, steps=6), None)
+    model = METHOD.apply(tiny_bert, PruneMagnitudeOptions(sparsity=0.7, steps=6), None)
     name = f"{PATH}.parametrizations.weight.0.steps_begun"
     train(model, calibration, steps=2)
     assert model.state_dict()[name] == 2
@@ -208,7 +208,7 @@ def test_an_interrupted_step_begins_again(tiny_bert: Any, calibration: Any) -> N
 
 def test_a_layer_that_is_used_twice_counts_a_step_once(tiny_bert: Any, calibration: Any) -> None:
     tiny_bert.bert.encoder.layer[1] = tiny_bert.bert.encoder.layer[0]
-    model = METHOD.apply(tiny_bert, Options(sparsity=0.7, steps=6), None)
+    model = METHOD.apply(tiny_bert, PruneMagnitudeOptions(sparsity=0.7, steps=6), None)
     train(model, calibration, steps=2)
     assert code_of(model.bert.encoder.layer[0].output.dense).steps_begun == 2
 
@@ -216,7 +216,7 @@ def test_a_layer_that_is_used_twice_counts_a_step_once(tiny_bert: Any, calibrati
 def test_a_masked_model_is_a_folder_that_goes_on_training(
     tiny_bert: Any, calibration: Any, save: Callable[..., Path]
 ) -> None:
-    options = Options(sparsity=0.7, gradual=False)
+    options = PruneMagnitudeOptions(sparsity=0.7, gradual=False)
     model = METHOD.apply(tiny_bert, options, None)
     loaded = load(save(model))
     train(loaded, calibration, steps=2)
@@ -233,7 +233,7 @@ def test_of_equal_values_exactly_as_many_are_kept() -> None:
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
 def test_a_sparsity_outside_the_range_is_refused(sparsity: float) -> None:
     with pytest.raises(ValidationError, match="sparsity"):
-        Options(sparsity=sparsity)
+        PruneMagnitudeOptions(sparsity=sparsity)
 
 
 def test_pruning_twice_is_refused(tiny_bert: Any) -> None:

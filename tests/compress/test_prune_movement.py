@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from fastdistil.compress.encoded import code_of, parameter_of
-from fastdistil.compress.prune_movement import METHODS, Options
+from fastdistil.compress.prune_movement import METHODS, PruneMovementOptions
 from fastdistil.compress.replacements import replacements
 from fastdistil.compress.store import load
 from fastdistil.errors import UserError
@@ -31,7 +31,7 @@ def train(model: Any, calibration: Any, steps: int, optimizer: Any = None, first
 
 
 def test_score_and_weight_have_the_gradients_of_the_paper(tiny_bert: Any) -> None:
-    model = METHOD.apply(tiny_bert, Options(sparsity=0.5, steps=1, warmup=0, cooldown=0.9), None)
+    model = METHOD.apply(tiny_bert, PruneMovementOptions(sparsity=0.5, steps=1, warmup=0, cooldown=0.9), None)
     linear = model.get_submodule(PATH).train()
     weight, mask = parameter_of(linear), code_of(linear)
     linear(torch.zeros(1, 48))  # the first step's mask
@@ -44,7 +44,7 @@ def test_score_and_weight_have_the_gradients_of_the_paper(tiny_bert: Any) -> Non
 
 
 def test_one_step_keeps_the_weights_that_move_away_from_zero(tiny_bert: Any, calibration: Any) -> None:
-    options = Options(sparsity=0.6, steps=1, warmup=0, cooldown=0.5)
+    options = PruneMovementOptions(sparsity=0.6, steps=1, warmup=0, cooldown=0.5)
     model = METHOD.apply(tiny_bert, options, None)
     before = parameter_of(model.get_submodule(PATH)).detach().clone()
     train(model, calibration, 1, torch.optim.SGD(model.parameters(), lr=1e-3))
@@ -57,7 +57,9 @@ def test_one_step_keeps_the_weights_that_move_away_from_zero(tiny_bert: Any, cal
 
 
 def test_the_sparsity_is_that_of_the_schedule(tiny_bert: Any, calibration: Any) -> None:
-    model = METHOD.apply(tiny_bert, Options(sparsity=0.8, steps=10, warmup=0.2, cooldown=0.4), None)
+    model = METHOD.apply(
+        tiny_bert, PruneMovementOptions(sparsity=0.8, steps=10, warmup=0.2, cooldown=0.4), None
+    )
     linear = model.get_submodule(PATH)
     found, optimizer = [], None
     for _ in range(8):
@@ -71,7 +73,7 @@ def test_the_sparsity_is_that_of_the_schedule(tiny_bert: Any, calibration: Any) 
 def test_a_factor_on_the_scores_rate_changes_no_mask(build: Callable[..., Any], calibration: Any) -> None:
     masks = []
     for factor in (1, 256):  # a power of two, so that rounding is the same
-        model = METHOD.apply(build("bert"), Options(steps=6), None)
+        model = METHOD.apply(build("bert"), PruneMovementOptions(steps=6), None)
         scores = [p for name, p in model.named_parameters() if name.endswith("scores")]
         others = [p for name, p in model.named_parameters() if not name.endswith("scores")]
         groups = [{"params": others}, {"params": scores, "lr": 1e-2 * factor, "weight_decay": 0.0}]
@@ -81,14 +83,14 @@ def test_a_factor_on_the_scores_rate_changes_no_mask(build: Callable[..., Any], 
 
 
 def test_scores_have_one_dimension_which_weight_decay_leaves_out(tiny_bert: Any) -> None:
-    model = METHOD.apply(tiny_bert, Options(steps=1), None)
+    model = METHOD.apply(tiny_bert, PruneMovementOptions(steps=1), None)
     assert {p.ndim for name, p in model.named_parameters() if name.endswith("scores")} == {1}
 
 
 def test_reloads_bit_equal_without_scores(
     tiny_bert: Any, calibration: Any, reload_equal: Callable[[Any], Any]
 ) -> None:
-    options = Options(sparsity=0.7, steps=4, embeddings=True)
+    options = PruneMovementOptions(sparsity=0.7, steps=4, embeddings=True)
     model = METHOD.apply(tiny_bert, options, None)
     train(model, calibration, 4)
     loaded = reload_equal(METHOD.finish(model, options))
@@ -99,7 +101,7 @@ def test_reloads_bit_equal_without_scores(
 def test_a_trained_folder_can_be_finished_later(
     tiny_bert: Any, calibration: Any, save: Callable[..., Path], run: Callable[[Any], Tensor]
 ) -> None:
-    options = Options(sparsity=0.7, steps=1)
+    options = PruneMovementOptions(sparsity=0.7, steps=1)
     model = METHOD.apply(tiny_bert, options, None)
     train(model, calibration, 1)
     loaded = load(save(model))
@@ -110,7 +112,9 @@ def test_a_trained_folder_can_be_finished_later(
 def test_resuming_gives_the_masks_of_an_unbroken_training(
     build: Callable[..., Any], calibration: Any, tmp_path: Path, stop: int
 ) -> None:
-    whole, broken, resumed = (METHOD.apply(build("bert"), Options(steps=6), None) for _ in range(3))
+    whole, broken, resumed = (
+        METHOD.apply(build("bert"), PruneMovementOptions(steps=6), None) for _ in range(3)
+    )
     for model, first, steps in ((whole, 0, 6), (broken, 0, stop), (resumed, stop, 6 - stop)):
         if model is resumed:
             write_model(tmp_path, broken)
@@ -122,18 +126,18 @@ def test_resuming_gives_the_masks_of_an_unbroken_training(
 
 def test_without_recovery_steps_it_is_refused(tiny_bert: Any) -> None:
     with pytest.raises(UserError, match="give it recovery steps"):
-        METHOD.apply(tiny_bert, Options(), None)
+        METHOD.apply(tiny_bert, PruneMovementOptions(), None)
 
 
 def test_finishing_what_was_not_trained_is_refused(tiny_bert: Any) -> None:
-    options = Options(steps=3)
+    options = PruneMovementOptions(steps=3)
     model = METHOD.apply(tiny_bert, options, None)
     with pytest.raises(UserError, match="the model was not trained"):
         METHOD.finish(model, options)
 
 
 def test_a_forward_pass_alone_is_no_training(tiny_bert: Any, run: Callable[[Any], Tensor]) -> None:
-    options = Options(steps=3)
+    options = PruneMovementOptions(steps=3)
     model = METHOD.apply(tiny_bert, options, None)
     run(model.train())
     with pytest.raises(UserError, match="the model was not trained"):
@@ -143,10 +147,10 @@ def test_a_forward_pass_alone_is_no_training(tiny_bert: Any, run: Callable[[Any]
 @pytest.mark.parametrize("options", [{"sparsity": 1.0}, {"warmup": 0.6, "cooldown": 0.4}, {"steps": 0}])
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=next(iter(options))):
-        Options(**options)
+        PruneMovementOptions(**options)
 
 
 def test_pruning_what_is_masked_is_refused(tiny_bert: Any) -> None:
-    METHOD.apply(tiny_bert, Options(steps=1), None)
+    METHOD.apply(tiny_bert, PruneMovementOptions(steps=1), None)
     with pytest.raises(UserError, match="is pruned already"):
-        METHOD.apply(tiny_bert, Options(steps=1), None)
+        METHOD.apply(tiny_bert, PruneMovementOptions(steps=1), None)

@@ -46,9 +46,9 @@ def test_bf16_halves_the_bytes_and_reloads_to_the_last_bit(
 
 
 def test_bf16_after_a_replacement_reloads(tiny_bert: Any, reload_equal: Any) -> None:
-    from fastdistil.compress.low_rank import LowRankOptions, apply
+    from fastdistil.compress.low_rank import LowRankOptions, low_rank
 
-    loaded = reload_equal(apply_bf16(apply(tiny_bert, LowRankOptions(ratio=0.5), None), NoOptions(), None))
+    loaded = reload_equal(apply_bf16(low_rank(tiny_bert, LowRankOptions(ratio=0.5), None), NoOptions(), None))
     assert loaded.dtype == torch.bfloat16
 
 

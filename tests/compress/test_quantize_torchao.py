@@ -14,8 +14,8 @@ from fastdistil.compress.int8_modules import Int8Embedding, Int8Linear, quantize
 from fastdistil.compress.method import Calibration
 from fastdistil.compress.quantize import (
     Int8Options,
+    Int8StaticOptions,
     NoOptions,
-    StaticOptions,
     apply_dynamic,
     apply_embeddings,
     apply_static,
@@ -26,7 +26,7 @@ from fastdistil.evaluate.cost import count_parameters
 
 Run = Callable[[Any], Tensor]
 DYNAMIC = Int8Options(backend="torchao")
-STATIC = StaticOptions(backend="torchao")
+STATIC = Int8StaticOptions(backend="torchao")
 
 
 def _relative_error(output: Tensor, expected: Tensor) -> float:
@@ -125,9 +125,9 @@ def test_calibration_leaves_no_hook(tiny_bert: Any, calibration: Calibration) ->
 
 
 def test_int8_after_low_rank(tiny_bert: Any, run: Run, reload_equal: Any) -> None:
-    from fastdistil.compress.low_rank import LowRankOptions, apply
+    from fastdistil.compress.low_rank import LowRankOptions, low_rank
 
-    model = apply(tiny_bert, LowRankOptions(ratio=0.7), None)
+    model = low_rank(tiny_bert, LowRankOptions(ratio=0.7), None)
     expected = run(model)
     model = apply_dynamic(model, DYNAMIC, None)
     assert _relative_error(run(model), expected) < 0.06
@@ -137,9 +137,9 @@ def test_int8_after_low_rank(tiny_bert: Any, run: Run, reload_equal: Any) -> Non
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_int8_after_sharing_keeps_layers_shared(family: str, build: Any, run: Run, reload_equal: Any) -> None:
-    from fastdistil.compress.share_layers import ShareLayersOptions, apply
+    from fastdistil.compress.share_layers import ShareLayersOptions, share_layers
 
-    model = apply(build(family), ShareLayersOptions(groups=1, init="first"), None)
+    model = share_layers(build(family), ShareLayersOptions(groups=1, init="first"), None)
     expected, parameters = run(model), count_parameters(model)
     model = apply_dynamic(model, DYNAMIC, None)
     assert _relative_error(run(model), expected) < 0.04

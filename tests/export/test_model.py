@@ -43,6 +43,7 @@ def test_int8_of_a_float_onnx_folder(onnx_folder: Path, tmp_path: Path) -> None:
     assert 0 < result.max_error < 0.5
 
 
+@pytest.mark.slow
 def test_int8_of_a_pytorch_folder(source: Path, tmp_path: Path) -> None:
     result = export_model(source, "onnx-int8", tmp_path / "out", max_length=16)
     assert load(result.path).exported.quantized == "dynamic"

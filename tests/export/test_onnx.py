@@ -1,5 +1,6 @@
 """Exported ONNX models answer what PyTorch answers, at any batch size and length."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def test_other_families_equal_pytorch(
     assert _difference(model, exported, inputs(3, 13), "logits") < ATOL
 
 
-@pytest.mark.parametrize(("head", "name"), [("", "last_hidden_state"), ("QuestionAnswering", "end_logits")])
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [("", "last_hidden_state"), pytest.param("QuestionAnswering", "end_logits", marks=pytest.mark.slow)],
+)
 def test_other_outputs_equal_pytorch(
     head: str,
     name: str,
@@ -239,3 +243,13 @@ def test_outputs_that_differ_leave_nothing(
     with pytest.raises(RunError, match=r"differ from the model's by 0\.01, more than 0\.001"):
         export_onnx(model, tokenizer, tmp_path / "model")
     assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_are_no_numbers_are_an_error() -> None:
+    from fastdistil.export.verify import _compare
+
+    rows = torch.ones(2, 3)
+    broken = rows.clone()
+    broken[1, 2] = torch.nan
+    pairs = [([rows], [broken], True), ([rows], [rows], True)]
+    assert math.isnan(_compare(pairs).max_error)

@@ -62,6 +62,12 @@ def test_threads_are_those_of_torch_until_set(
     torch.testing.assert_close(model(**given).logits, before, atol=1e-6, rtol=0)
 
 
+def test_threads_rest_between_passes(onnx_folder: Path) -> None:
+    """Else they would take the processor from the model that is measured next."""
+    options = load(onnx_folder, threads=2)._session.get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
 def test_parameters_are_counted_as_of_pytorch(bert: Any, onnx_folder: Path) -> None:
     assert load(onnx_folder).num_parameters_ == sum(p.numel() for p in bert.parameters())
 
