@@ -291,7 +291,7 @@ def compare(
     data: TaskFolder = None,
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods and chains, with commas between; default: one of each and three chains."),
+        typer.Option(help="Methods and chains, with commas between; default: one of each, and chains."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Of each method that trains.", min=1)] = 1,
     allow_weak_teacher: AllowWeakTeacher = False,

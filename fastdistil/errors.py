@@ -7,3 +7,11 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """A failure while running that the user did not cause, such as a full disk; exit code 1."""
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, in one line: of other errors than ours, with the kind of error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError | RunError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

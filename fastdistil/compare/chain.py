@@ -112,7 +112,7 @@ def run_chain(chain: Chain, context: ChainContext, seed: int = 0, *, train: bool
             record = {"chain": part.name, "seconds": elapsed, "notes": made, "steps": _identities(part)}
             text = json.dumps(record, indent=2) + "\n"
             write_aside(folder / RECORD, partial(_write_text, text))
-        plain = json.loads((folder / RECORD).read_text())
+        plain = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         seconds += plain["seconds"]
         notes += plain["notes"]
         source = str(folder / "model")
@@ -122,7 +122,7 @@ def run_chain(chain: Chain, context: ChainContext, seed: int = 0, *, train: bool
 def chain_record(chain: Chain, context: ChainContext, seed: int = 0) -> Record:
     """Of a chain that is made."""
     plain = [
-        json.loads((step_folder(chain.prefix(i + 1), context, seed) / RECORD).read_text())
+        json.loads((step_folder(chain.prefix(i + 1), context, seed) / RECORD).read_text(encoding="utf-8"))
         for i in range(len(chain.steps))
     ]
     return Record(chain.name, sum(p["seconds"] for p in plain), [note for p in plain for note in p["notes"]])
@@ -306,5 +306,5 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _refuse_runtime(source: str, step: Step) -> None:
     file = Path(source) / "config.json"
-    if file.is_file() and "runtime" in (json.loads(file.read_text()).get("fastdistil") or {}):
+    if file.is_file() and "runtime" in (json.loads(file.read_text(encoding="utf-8")).get("fastdistil") or {}):
         raise UserError(f"{step}: the step before it made a model for another runtime; it must be the last")

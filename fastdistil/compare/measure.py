@@ -69,8 +69,11 @@ def measure(
     try:
         for number, group in enumerate(groups):
             loaded = {name: load(models[name]).to(device) for name in group}
+            set_to = None
             for place, (count, batch_size) in enumerate(settings):
-                _set_threads(count, loaded.values())
+                if count != set_to:
+                    _set_threads(count, loaded.values())
+                    set_to = count
                 inputs = {n: whole_inputs(model, batch_size, length) for n, model in loaded.items()}
                 times: dict[str, list[float]] = {name: [] for name in group}
                 rng = random.Random(place)

@@ -30,7 +30,7 @@ from fastdistil.compare.steps import Chain, parse_chain, parse_chains
 from fastdistil.compress.store import load
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Examples, Task, find_task, read_examples
-from fastdistil.errors import RunError, UserError
+from fastdistil.errors import RunError, UserError, one_line
 from fastdistil.evaluate import (
     bytes_on_disk,
     chance_score,
@@ -86,9 +86,9 @@ class _Run:
         self.config, self.log = config, log
         self.task: Task = find_task(config.task)
         self.chains = parse_chains(config.methods, config.overrides)
-        # What is known of a method's row beforehand.
         # As the user wrote them: the name of a chain in a file is not where it lies.
         self.texts = dict(zip((chain.name for chain in self.chains), config.methods, strict=True))
+        # What is known of a method's row beforehand.
         self.rows = {
             chain.name: Row(chain.name, chain.kind, self._command(chain.name), description=chain.description)
             for chain in self.chains
@@ -195,7 +195,7 @@ class _Run:
             folder = run_chain(chain, self.context, seed)
             piece = self._score(chain, seed, folder)
         except Exception as error:  # whatever it is, the other methods are of use
-            self.errors[chain.name] = _one_line(error)
+            self.errors[chain.name] = one_line(error)
             if not isinstance(error, UserError | RunError):
                 self.pieces.traceback_file(chain.name, seed).write_text(traceback.format_exc())
             self.log.fail_model(self.errors[chain.name])
@@ -330,7 +330,9 @@ class _Run:
         """What makes the model of the chain called `name`."""
         config, text = self.config, self.texts[name]
         keys = [override for override in config.overrides if _takes(text, override)]
-        return compress_command(config.teacher, text, self.task.name, config.data, keys, seed, slug(name))
+        return compress_command(
+            config.teacher, {"--method": text}, self.task.name, config.data, keys, seed, slug(name)
+        )
 
     def _on_task(self) -> list[str]:
         data = [] if self.config.data is None else ["--data", self.config.data]
@@ -350,10 +352,3 @@ def _takes(text: str, override: str) -> bool:
     except UserError:
         return False
     return True
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error).strip().split("\n")[0]
-    if isinstance(error, UserError | RunError):
-        return " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -22,15 +22,15 @@ from typing import Any
 import torch
 
 from fastdistil.compare.chain import ChainContext, chain_record, run_chain
-from fastdistil.compare.machine import processor_name
+from fastdistil.compare.machine import describe_machine, processor_name
 from fastdistil.compare.measure import measure
-from fastdistil.compare.single import CompressResult, finish_single
+from fastdistil.compare.single import CompressResult, compress_command, finish_single
 from fastdistil.compare.steps import Chain, parse_chains
 from fastdistil.compress.store import load
 from fastdistil.data.noise import permutation
 from fastdistil.data.task_encoding import encode
 from fastdistil.data.tasks import Examples, find_task, read_examples
-from fastdistil.errors import RunError, UserError
+from fastdistil.errors import RunError, UserError, one_line
 from fastdistil.evaluate import bytes_on_disk, evaluate_task, mean_score
 from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.models.load import load_fitting_tokenizer, max_positions
@@ -178,7 +178,9 @@ def compress_for_target(
     ]
     made = run_chain(chosen, search.context, seed)
     notes += chain_record(chosen, search.context, seed).notes
-    return finish_single(source, made, chosen, output, search.task, data, notes)
+    wanted = {"--target-speedup": target_speedup, "--target-size": target_size, "--candidates": candidates}
+    command = compress_command(source, wanted, task, data, overrides, seed, output)
+    return finish_single(source, made, chosen, output, search.task, data, notes, command)
 
 
 class _Search:
@@ -242,7 +244,7 @@ class _Search:
                 folder = run_chain(chain, self.context, self.seed)
                 score = self._score(folder)
             except Exception as error:  # whatever it is, the next chain takes its place
-                errors.append(f"{chain.name}: {_one_line(error)}")
+                errors.append(f"{chain.name}: {one_line(error)}")
                 self.say(f"failed: {errors[-1]}")
                 continue
             scores[chain.name] = score
@@ -265,7 +267,7 @@ class _Search:
             try:
                 folders[name] = run_chain(chain, self.context, self.seed, train=False)
             except Exception as error:  # the other chains are of use
-                errors[name] = _one_line(error)
+                errors[name] = one_line(error)
                 self.say(f"left out: {name}: {errors[name]}")
         if len(folders) == 1:
             name, reason = next(iter(errors.items()))
@@ -313,6 +315,7 @@ class _Search:
             "length": self.length,
             "processor": processor_name(),
             "torch": torch.__version__,
+            "onnxruntime": describe_machine().get("onnxruntime"),
             "chains": {
                 name: [step.identity() for step in chain.steps] for name, chain in self.chains.items()
             },
@@ -350,8 +353,3 @@ def _check_output(output: Path) -> None:
     ours = (output / STATE).exists() or (output / "models").is_dir()
     if output.is_dir() and any(output.iterdir()) and not ours:
         raise UserError(f"output {output} is not empty and holds no search: choose another --output")
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, UserError | RunError) else f"{type(error).__name__}: {text}"

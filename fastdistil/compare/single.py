@@ -9,7 +9,7 @@ output/
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,21 +117,22 @@ def compress_model(
         )
         made = run_chain(chain, context, seed)
         notes = chain_record(chain, context, seed).notes
-    command = compress_command(source, method, task, data, overrides, seed, output)
+    command = compress_command(source, {"--method": method}, task, data, overrides, seed, output)
     return finish_single(source, made, chain, output, found, data, notes, command)
 
 
 def compress_command(
     source: str,
-    method: str,
+    wanted: Mapping[str, Any],
     task: str | None,
     data: str | None,
     overrides: Sequence[str],
     seed: int,
     output: Path | str,
 ) -> str:
-    """The command line that makes a model again."""
-    words = ["fastdistil", "compress", source, "--method", method]
+    """The command line that makes a model again; `wanted` is its options --method, or of a target."""
+    words = ["fastdistil", "compress", source]
+    words += [word for name, value in wanted.items() if value is not None for word in (name, str(value))]
     words += [] if task is None else ["--task", task]
     words += [] if data is None else ["--data", data]
     words += [word for override in overrides for word in ("--set", override)]
@@ -145,8 +146,8 @@ def finish_single(
     output: Path,
     task: Task | None,
     data: str | None,
-    notes: Sequence[str] = (),
-    command: str | None = None,
+    notes: Sequence[str],
+    command: str,
 ) -> CompressResult:
     """Measure the model in the folder `made` beside the original, and leave it in `output`, with its card.
 
@@ -171,7 +172,7 @@ def finish_single(
     write_card(
         output / "model",
         title=f"{Path(source).name}, {chain.name}",
-        command=command or f"fastdistil compress {source} --method {chain.name}",
+        command=command,
         made_of=source,
         steps=chain.descriptions,
         facts=result.rows()[2:],
@@ -185,8 +186,6 @@ def _without_task(source: str, chain: Chain, output: Path, seed: int) -> Path:
     for step in chain.steps:
         if step.is_recipe:
             raise UserError(f"{step} trains a student for a task: add --task NAME")
-        if step.name == "prune-movement":
-            raise UserError(f"{step} learns what to prune while it trains: add --task NAME")
     torch.manual_seed(seed)
     model: Any = load(source)
     for step in chain.steps:
