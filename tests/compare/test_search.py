@@ -173,9 +173,12 @@ def fakes(monkeypatch) -> Fakes:
     monkeypatch.setattr(search._Search, "_score", lambda self, folder: fakes.scores[folder.name])
     record = type("Record", (), {"notes": ["a note of a step"]})
     monkeypatch.setattr(search, "chain_record", lambda chain, context, seed: record)
-    monkeypatch.setattr(
-        search, "finish_single", lambda source, made, chain, output, task, data, notes: (chain.name, notes)
-    )
+
+    def finish(source, made, chain, output, task, data, notes, command):
+        fakes.command = command
+        return chain.name, notes
+
+    monkeypatch.setattr(search, "finish_single", finish)
     return fakes
 
 
@@ -303,6 +306,11 @@ def test_the_result_says_how_it_was_chosen(find):
     chosen, notes = find(4.0, candidates=1)
     assert notes[0].startswith("chosen for 4x faster among")
     assert notes[1:] == [f"{chosen}: accuracy 0.8700 on held-out training examples", "a note of a step"]
+
+
+def test_the_card_tells_the_command_of_the_search(find, fakes):
+    find(4.0, candidates=1)
+    assert "--target-speedup 4.0 --candidates 1 --task sst2" in fakes.command
 
 
 def test_held_out_examples_are_those_that_training_leaves_out(teacher, data, tmp_path):
