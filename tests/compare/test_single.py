@@ -78,7 +78,7 @@ def test_the_same_command_again_makes_nothing_again(
     ("method", "message"),
     [
         ("kd", "kd trains a student for a task: add --task NAME"),
-        ("prune-movement", "prune-movement: "),
+        ("prune-movement", "prune-movement learns in the recovery which weights to keep"),
         ("low-rank:0.5:3", "low-rank.ratio"),
     ],
 )
