@@ -22,9 +22,14 @@ from fastdistil.errors import UserError
 from fastdistil.schema import Section
 
 Backend = Literal["auto", "onnxruntime", "torchao"]
+EmbeddingBits = Literal[4, 8]
 
 # A matrix or table with fewer rows holds next to nothing: a task's last layer, the token types.
 _FEWEST_ROWS = 16
+_EMBEDDING_BITS = (
+    "of an entry of the largest embedding table, that of the words: 4 takes about half the bytes of 8, with "
+    "a scale for each 32 entries of a row, and rounds more coarsely"
+)
 _JACOB = "Jacob et al. 2018, Quantization and Training of Neural Networks for Efficient Inference"
 
 
@@ -35,6 +40,9 @@ class Int8Options(Section):
         "faster here of those that keep the loss, both are measured",
     )
     embeddings: bool = Field(default=True, description="whether the embedding tables are int8, too")
+    embedding_bits: EmbeddingBits = Field(
+        default=8, description=f"{_EMBEDDING_BITS}; with backend onnxruntime alone"
+    )
     outliers: bool = Field(
         default=True,
         description="whether up to two inputs of a layer that dwarf all others, on calibration examples, are "
@@ -58,6 +66,10 @@ class Int8QatOptions(Section):
 
 class OnnxOptions(Section):
     opset: int | None = Field(default=None, description="of ONNX; None: the exporter's default")
+
+
+class OnnxInt8Options(Section):
+    embedding_bits: EmbeddingBits = Field(default=8, description=_EMBEDDING_BITS)
 
 
 class NoOptions(Section):
@@ -158,10 +170,10 @@ def apply_onnx(model: Any, options: OnnxOptions, calibration: Calibration | None
     return onnx_model(densify(model), opset=options.opset)
 
 
-def apply_onnx_int8(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
+def apply_onnx_int8(model: Any, options: OnnxInt8Options, calibration: Calibration | None) -> Any:
     """`apply_dynamic` with backend "onnxruntime"."""
     model = _float_model(model, "onnx-int8")
-    return _onnxruntime(model, Int8Options(), "dynamic", calibration)
+    return _onnxruntime(model, Int8Options(**options.model_dump()), "dynamic", calibration)
 
 
 def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWEST_ROWS) -> list[str]:
@@ -222,7 +234,8 @@ def _onnxruntime(
 ) -> Any:
     _require_embeddings(options)
     batches = None if calibration is None else calibration.batches
-    return int8_onnx_model(_prepared(model, options, calibration), mode, batches)
+    model = _prepared(model, options, calibration)
+    return int8_onnx_model(model, mode, batches, embedding_bits=options.embedding_bits)
 
 
 def _require_embeddings(options: Int8Options | Int8QatOptions) -> None:
@@ -231,6 +244,8 @@ def _require_embeddings(options: Int8Options | Int8QatOptions) -> None:
 
 
 def _torchao(model: Any, options: Int8Options, calibration: Calibration | None, *, static: bool) -> Any:
+    if options.embedding_bits != 8:
+        raise UserError("embedding_bits: 4 is for the backend onnxruntime; with torchao they are int8")
     model = _prepared(model, options, calibration)
     paths = layers_to_quantize(model, embeddings=options.embeddings)
     if not static:
@@ -295,7 +310,8 @@ METHODS = (
     _method(
         "onnx-int8",
         "quantise to int8 for ONNX Runtime; the same as int8 with backend onnxruntime",
-        NoOptions,
+        OnnxInt8Options,
         apply_onnx_int8,
+        main="embedding_bits",
     ),
 )

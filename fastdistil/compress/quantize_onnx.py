@@ -26,7 +26,11 @@ def onnx_model(model: Any, *, opset: int | None = None) -> Any:
 
 
 def int8_onnx_model(
-    model: Any, mode: Literal["dynamic", "static"], batches: Sequence[Batch] | None = None
+    model: Any,
+    mode: Literal["dynamic", "static"],
+    batches: Sequence[Batch] | None = None,
+    *,
+    embedding_bits: Literal[4, 8] = 8,
 ) -> Any:
     """The same with int8 weights, activations and embeddings; see `fastdistil.export.onnx_int8`."""
     from fastdistil.export.onnx_int8 import quantize_onnx
@@ -35,7 +39,7 @@ def int8_onnx_model(
         with tempfile.TemporaryDirectory(prefix="fastdistil-float-") as temporary:
             source = Path(temporary) / "model"
             _export(model, source)
-            quantize_onnx(source, folder, mode=mode, calibration=batches)
+            quantize_onnx(source, folder, mode=mode, calibration=batches, embedding_bits=embedding_bits)
 
     return _in_temporary_folder(write)
 

@@ -4,12 +4,17 @@ Weights are int8, symmetric, with a scale for each output channel; embedding tab
 Activations are uint8, asymmetric: with "dynamic" their scale is taken from each tensor as it comes, with
 "static" from calibration examples beforehand. The processor's VNNI instructions accumulate their products
 exactly, so that no bit of the weights need be given up (`reduce_range`).
+
+The largest embedding table, that of the words, may have 4 bits instead: two entries a byte, and a scale for
+each block of a row. ONNX Runtime's operator GatherBlockQuantized looks its rows up.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from fastdistil.errors import UserError
 from fastdistil.export.folder import copy_tokenizer, new_folder, read_exported, write_exported
@@ -19,6 +24,10 @@ from fastdistil.export.verify import verify
 from fastdistil.models.load import load_tokenizer
 
 _OPERATORS = ["MatMul", "Gather"]
+# Entries of a row that share a scale, in half precision: 4.5 bits an entry. Blocks of 64 with scales in
+# single precision take as many, and round an eighth more coarsely.
+_BLOCK = 32
+_ZERO = 8  # what an entry of 0 is stored as: the operator's default
 
 
 def quantize_onnx(
@@ -27,18 +36,21 @@ def quantize_onnx(
     *,
     mode: Literal["dynamic", "static"] = "dynamic",
     calibration: Sequence[Any] | None = None,
+    embedding_bits: Literal[4, 8] = 8,
 ) -> Path:
     """Write an int8 version of the exported model in `source` to `folder`, and return `folder`.
 
     Args:
         calibration: `TaskBatch`es of training examples, which "static" needs. "dynamic" is compared with the
             source on them, too.
+        embedding_bits: of the largest embedding table; the others have 8.
 
     Raises:
         UserError: `source` is not an exported ONNX model or is quantised already, `folder` is there already,
-            or "static" has no calibration examples.
+            "static" has no calibration examples, or no table can have 4 bits.
         RunError: the outputs have nothing to do with the source's.
     """
+    import onnx
     from transformers import AutoConfig
 
     source = Path(source).expanduser()
@@ -54,7 +66,10 @@ def quantize_onnx(
     quantised = replace(facts, quantized=mode)
     with new_folder(folder) as partial:
         with quiet():
-            _quantize(source / facts.file, partial / facts.file, mode, model, calibration or ())
+            proto = onnx.load(str(source / facts.file))
+            if embedding_bits == 4:
+                _four_bit_table(proto)
+            _quantize(proto, partial / facts.file, mode, model, calibration or ())
         copy_tokenizer(source, partial)
         write_exported(partial, config, config.architectures[0], quantised)
         result = verify(partial, model, load_tokenizer(source, masks=False), calibration or ())
@@ -62,11 +77,10 @@ def quantize_onnx(
     return Path(folder).expanduser()
 
 
-def _quantize(source: Path, target: Path, mode: str, model: Any, calibration: Sequence[Any]) -> None:
+def _quantize(proto: Any, target: Path, mode: str, model: Any, calibration: Sequence[Any]) -> None:
     import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
 
-    proto = onnx.load(str(source))
     common: dict[str, Any] = {"per_channel": True, "reduce_range": False, "op_types_to_quantize": _OPERATORS}
     options = {"MatMulConstBOnly": True, "DefaultTensorType": onnx.TensorProto.FLOAT}
     if mode == "dynamic":
@@ -85,6 +99,91 @@ def _quantize(source: Path, target: Path, mode: str, model: Any, calibration: Se
         extra_options=options | {"OpTypesToExcludeOutputQuantization": _OPERATORS},
         **common,
     )
+
+
+def _four_bit_table(proto: Any) -> None:
+    """Put the largest table that nothing but look-ups read into 4 bits, in place.
+
+    `quantize_dynamic` and `quantize_static` then find no Gather of it.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    graph = proto.graph
+    readers: dict[str, list[Any]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    tables = [
+        table
+        for table in graph.initializer
+        if table.data_type == TensorProto.FLOAT
+        and len(table.dims) == 2
+        and all(_is_lookup(node, table.name) for node in readers.get(table.name, [None]))
+    ]
+    if not tables:
+        raise UserError("embedding_bits: 4 is for an embedding table of its own, and the model has none")
+    table = max(tables, key=lambda table: table.dims[0] * table.dims[1])
+    if table.dims[1] % 2:
+        raise UserError(
+            f"embedding_bits: 4 packs entries in pairs, and the rows have {table.dims[1]}: take 8"
+        )
+    packed, scales = pack_rows(numpy_helper.to_array(table))
+    name = table.name
+    graph.initializer.remove(table)
+    graph.initializer.append(numpy_helper.from_array(packed, f"{name}_int4"))
+    graph.initializer.append(numpy_helper.from_array(scales, f"{name}_int4_scale"))
+    for node in readers[name]:
+        (rows,) = node.output
+        halves = f"{rows}_half"  # the operator's output has the type of its scales
+        lookup = helper.make_node(
+            "GatherBlockQuantized",
+            [f"{name}_int4", node.input[1], f"{name}_int4_scale"],
+            [halves],
+            f"{node.name}_int4",
+            domain="com.microsoft",
+            gather_axis=0,
+            quantize_axis=1,
+            block_size=_BLOCK,
+            bits=4,
+        )
+        cast = helper.make_node("Cast", [halves], [rows], f"{node.name}_cast", to=TensorProto.FLOAT)
+        position = list(graph.node).index(node)
+        graph.node.remove(node)
+        graph.node.insert(position, lookup)
+        graph.node.insert(position + 1, cast)
+    if all(opset.domain != "com.microsoft" for opset in proto.opset_import):
+        proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+
+
+def _is_lookup(node: Any, table: str) -> bool:
+    """Whether the node gathers rows of the table."""
+    if node is None or node.op_type != "Gather" or node.input[0] != table:
+        return False
+    return all(attribute.name != "axis" or attribute.i == 0 for attribute in node.attribute)
+
+
+def pack_rows(
+    table: np.ndarray,  # (V, D) float32, D even
+) -> tuple[np.ndarray, np.ndarray]:
+    """(V, D / 2) uint8, the first of each pair of entries in the low half, and (V, D / block) float16 scales.
+
+    Entries are scale * q with q from -8 to 7. The scale's sign puts the side of a block that reaches further
+    from 0 on the -8; it is the smallest that needs no clipping, so that an entry is off by at most half of it
+    (and by the scale's own rounding).
+    """
+    V, D = table.shape
+    blocks = -(-D // _BLOCK)
+    padded = np.zeros((V, blocks * _BLOCK), np.float32)
+    padded[:, :D] = table
+    padded = padded.reshape(V, blocks, _BLOCK)
+    below, above = -padded.min(2), padded.max(2)
+    far, near = np.maximum(below, above), np.minimum(below, above)
+    scales = np.where(below >= above, 1, -1) * np.maximum(far / 8, near / 7)
+    scales = scales.astype(np.float16)
+    scales[scales == 0] = 1
+    steps = np.rint(padded / scales.astype(np.float32)[..., None]).clip(-8, 7)
+    stored = (steps + _ZERO).astype(np.uint8).reshape(V, -1)[:, :D]
+    return stored[:, 0::2] | stored[:, 1::2] << 4, scales
 
 
 class _Calibration:

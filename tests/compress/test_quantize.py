@@ -69,6 +69,25 @@ def test_onnx_int8_keeps_its_outputs_and_reloads(
 
 @needs_onnx
 @pytest.mark.slow
+def test_four_bit_word_embeddings_after_a_pruning_reload(
+    tiny_bert: Any, save: Callable[..., Path], run: Run, tmp_path: Path
+) -> None:
+    from fastdistil.compress.prune_ffn import METHODS as PRUNE_FFN
+
+    (prune,) = PRUNE_FFN
+    model = load(save(tiny_bert))
+    pruned = prune.apply(model, prune.options.model_validate({"ratio": 0.5}), None)
+    expected = run(pruned)
+    int8, int4 = (_apply("onnx-int8", load(save(pruned, "pruned")), embedding_bits=bits) for bits in (8, 4))
+    output = run(int4)
+    assert not torch.equal(output, run(int8))
+    assert (output - expected).norm() / expected.norm() < 0.2
+    int4.save_pretrained(tmp_path / "int4")
+    assert torch.equal(run(load(tmp_path / "int4")), output)
+
+
+@needs_onnx
+@pytest.mark.slow
 def test_onnx_computes_the_same(tiny_bert: Any, save: Callable[..., Path], run: Run) -> None:
     model = load(save(tiny_bert))
     torch.testing.assert_close(run(_apply("onnx", model)), run(model), rtol=1e-5, atol=1e-5)
@@ -210,6 +229,19 @@ def test_static_needs_examples(tiny_bert: Any) -> None:
 def test_onnxruntime_has_no_float_embeddings(name: str, tiny_bert: Any) -> None:
     with pytest.raises(UserError, match="embeddings: false is for the backend torchao"):
         _apply(name, tiny_bert, backend="onnxruntime", embeddings=False)
+
+
+def test_torchao_has_no_four_bit_embeddings(tiny_bert: Any) -> None:
+    with pytest.raises(UserError, match="embedding_bits: 4 is for the backend onnxruntime"):
+        _apply("int8", tiny_bert, backend="torchao", embedding_bits=4)
+
+
+def test_embeddings_have_four_or_eight_bits() -> None:
+    from fastdistil.compare.steps import Step
+
+    assert Step("onnx-int8", "4").method_options().embedding_bits == 4  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match=r"^onnx-int8\.embedding_bits: input should be 4 or 8, got 3$"):
+        Step("onnx-int8", "3").method_options()
 
 
 def test_a_model_with_nothing_to_quantise_is_refused(build: Any) -> None:
