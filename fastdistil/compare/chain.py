@@ -12,19 +12,19 @@ it, and an interrupted chain goes on where it stopped.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastdistil import __version__
+from fastdistil.compare.files import write_json
 from fastdistil.compare.steps import Chain, Step
 from fastdistil.compress.method import Calibration
 from fastdistil.data.noise import permutation
@@ -32,12 +32,15 @@ from fastdistil.data.task_batches import read_task_batch, within_budget
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Task, read_examples
 from fastdistil.errors import UserError
+from fastdistil.export.folder import read_exported
 from fastdistil.models.taps import accepted_inputs, task_logits
 from fastdistil.models.task import load_task_model
 from fastdistil.objectives.prediction import task_loss
 from fastdistil.recipes import load_recipe
-from fastdistil.train.cache import model_fingerprint, write_aside
+from fastdistil.train.cache import model_fingerprint
+from fastdistil.train.checkpoint import save_model
 from fastdistil.train.config import RunConfig, load_config
+from fastdistil.train.prepare_task import count_steps, split_examples
 
 RECORD = "step.json"
 _CALIBRATION_TOKENS = 4096  # of a batch, padding counted
@@ -99,8 +102,7 @@ def run_chain(chain: Chain, context: ChainContext, seed: int = 0, *, train: bool
         UserError: a step that the model, or the step before it, does not allow; anything wrong with the task.
         RunError: a failure while training.
     """
-    folder = Path(context.teacher)
-    source, seconds, notes = context.teacher, 0.0, list[str]()
+    source = context.teacher
     for count, step in enumerate(chain.steps, start=1):
         part = chain.prefix(count)
         folder = step_folder(part, context, seed, train=train)
@@ -110,13 +112,9 @@ def run_chain(chain: Chain, context: ChainContext, seed: int = 0, *, train: bool
             made = _make(step, source, folder, context, seed, train=train, first=count == 1)
             elapsed = time.monotonic() - start
             record = {"chain": part.name, "seconds": elapsed, "notes": made, "steps": _identities(part)}
-            text = json.dumps(record, indent=2) + "\n"
-            write_aside(folder / RECORD, partial(_write_text, text))
-        plain = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        seconds += plain["seconds"]
-        notes += plain["notes"]
+            write_json(folder / RECORD, record)
         source = str(folder / "model")
-    return folder / "model"
+    return Path(source)
 
 
 def chain_record(chain: Chain, context: ChainContext, seed: int = 0) -> Record:
@@ -150,10 +148,6 @@ def mean_task_loss(model: Any, batch: Any) -> torch.Tensor:
     output = model(**accepted_inputs(model, batch.inputs))
     logits = task_logits(output, batch.attention_mask)
     return task_loss(logits, batch.labels) / batch.labels.numel()
-
-
-def _write_text(text: str, file: Path) -> None:
-    file.write_text(text, encoding="utf-8")
 
 
 def _identities(chain: Chain) -> list[dict[str, Any]]:
@@ -192,7 +186,7 @@ def _distil(
     model, tokenizer = load_task_model(origin, context.task, new_head=True)
     if not takes_whole_model(config.student):
         model = build_student(config.student, model, pairs=len(context.task.columns) > 1)
-    _save(model, tokenizer, folder / "model")
+    save_model(model, tokenizer, folder / "model")
 
 
 def _recipe_config(
@@ -245,13 +239,13 @@ def _compress(
         model, tokenizer = load_task_model(source, context.task, new_head=False)
         model = method.apply(model, options, context.calibration())
         if config is not None:
-            _save(model, tokenizer, start)
+            save_model(model, tokenizer, start)
     if config is not None:
         trained = _train(config, folder)
         model, tokenizer = load_task_model(trained, context.task, new_head=False)
     model = method.finish(model, options)
     notes: list[str] = list((getattr(model.config, "fastdistil", None) or {}).get("notes", []))
-    _save(model, tokenizer, folder / "model")
+    save_model(model, tokenizer, folder / "model")
     return notes
 
 
@@ -275,14 +269,8 @@ def _of_task(context: ChainContext) -> dict[str, Any]:
 def _steps(config: RunConfig, context: ChainContext) -> int:
     """Optimiser steps of a recovery."""
     assert config.task is not None
-    if config.run.steps is not None:
-        return config.run.steps
-    assert config.run.epochs is not None
-    count = len(read_examples(context.task, context.data, context.task.splits[0]))
-    count = min(count, config.task.max_examples or count)
-    if config.task.validation_fraction is not None:
-        count -= max(1, round(config.task.validation_fraction * count))
-    return math.ceil(config.run.epochs * math.ceil(count / config.run.batch_size))
+    examples = read_examples(context.task, context.data, context.task.splits[0])
+    return count_steps(len(split_examples(examples, config.task)[0]), config.run)
 
 
 def _train(config: RunConfig, folder: Path) -> Path:
@@ -295,16 +283,6 @@ def _train(config: RunConfig, folder: Path) -> Path:
     return folder / "model"
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
-    aside = folder.with_name(f".writing-{folder.name}")
-    for path in (aside, folder):
-        shutil.rmtree(path, ignore_errors=True)
-    model.save_pretrained(str(aside))
-    tokenizer.save_pretrained(str(aside))
-    os.rename(aside, folder)
-
-
 def _refuse_runtime(source: str, step: Step) -> None:
-    file = Path(source) / "config.json"
-    if file.is_file() and "runtime" in (json.loads(file.read_text(encoding="utf-8")).get("fastdistil") or {}):
+    if read_exported(source) is not None:
         raise UserError(f"{step}: the step before it made a model for another runtime; it must be the last")

@@ -10,9 +10,14 @@ import torch
 
 from fastdistil.compare.energy import find_meter
 from fastdistil.compare.machine import describe_machine, memory_bytes, usable_cpus
-from fastdistil.compare.measure import joules_per_sequence, measure, memory_groups, throughput
+from fastdistil.compare.measure import (
+    float_reference,
+    joules_per_sequence,
+    measure,
+    memory_groups,
+    throughput,
+)
 from fastdistil.compare.results import Timing
-from fastdistil.compress.store import load
 from fastdistil.errors import RunError
 from fastdistil.evaluate import measure_peak_memory
 
@@ -92,9 +97,7 @@ def measure_costs(
             "with the teacher, and the times of a group are scaled by the teacher's in the first."
         )
 
-    def load_as_scored(folder: Path) -> Any:
-        return load(folder, dtype=torch.float32 if folder == folders[teacher] else None)
-
+    load_as_scored = float_reference(folders[teacher])
     working = {name: folders[name] for name in peaks}
     timings = measure(
         working,

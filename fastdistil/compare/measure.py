@@ -17,16 +17,16 @@ from torch import Tensor
 
 from fastdistil.compare.energy import Meter
 from fastdistil.compare.results import Timing
+from fastdistil.compress.store import load
 from fastdistil.evaluate.cost import BATCH_SIZES, LENGTH, example_inputs, time_forward
 
 _ENERGY_SECONDS = 2.0  # of a timed loop: a thousand times what the counter is refreshed in
 
 
-def load_model(folder: Path) -> Any:
-    """The model of a folder, compressed or not, in the dtype that its config names."""
-    from fastdistil.compress.store import load
-
-    return load(folder)
+def float_reference(reference: Path) -> Callable[[Path], Any]:
+    """A loader for `measure`: the reference in float32, whatever its file has, as it is when it is scored;
+    others in the precision of their files."""
+    return lambda folder: load(folder, dtype=torch.float32 if folder == reference else None)
 
 
 def measure(
@@ -39,7 +39,7 @@ def measure(
     passes: int = 3,
     device: str = "cpu",
     groups: Sequence[Sequence[str]] | None = None,
-    load: Callable[[Path], Any] = load_model,
+    load: Callable[[Path], Any] = load,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, list[Timing]]:
     """Name -> one `Timing` for each number of threads and each batch size, of `rounds * passes` passes.
@@ -125,7 +125,7 @@ def joules_per_sequence(
     length: int = LENGTH,
     seconds: float = _ENERGY_SECONDS,
     device: str = "cpu",
-    load: Callable[[Path], Any] = load_model,
+    load: Callable[[Path], Any] = load,
 ) -> float:
     """What the meter counts over a loop of forward passes at batch 1 on one thread, over their number.
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fastdistil.compare.costs import Cost, Measured
+from fastdistil.compare.files import check_output, write_json
 from fastdistil.compare.results import Timing
 from fastdistil.errors import UserError
 from fastdistil.evaluate.cost import weight_files
-from fastdistil.train.checkpoint import write_durably
 
 COMPARISON = "compare.json"
 
@@ -45,20 +45,16 @@ class Pieces:
     def check(self, identity: dict[str, Any]) -> None:
         """`UserError` if the folder is another comparison's, or somebody else's."""
         output, file = self.output, self.output / COMPARISON
-        if output.exists() and not output.is_dir():
-            raise UserError(f"output {output} is a file, not a folder")
-        if file.exists():
-            if change := difference(_read(file), identity):
-                raise UserError(
-                    f"output {output} holds another comparison: {change}; give what it was begun with, or "
-                    "choose another --output"
-                )
-        elif output.exists() and any(output.iterdir()):
-            raise UserError(f"output {output} is not empty and holds no comparison: choose another --output")
+        check_output(output, "comparison", ours=file.exists())
+        if file.exists() and (change := difference(_read(file), identity)):
+            raise UserError(
+                f"output {output} holds another comparison: {change}; give what it was begun with, or "
+                "choose another --output"
+            )
 
     def begin(self, identity: dict[str, Any]) -> None:
         """Make the folder, which was checked, this comparison's."""
-        _write(self.output / COMPARISON, identity)
+        write_json(self.output / COMPARISON, identity)
 
     def find(self, method: str, seed: int, identity: dict[str, Any]) -> Piece | None:
         """The finished piece; None if it, or its model, is not there.
@@ -77,7 +73,7 @@ class Pieces:
         return piece if piece.folder is None or (self.output / piece.folder).is_dir() else None
 
     def keep(self, method: str, seed: int, piece: Piece) -> None:
-        _write(self._file(method, seed), asdict(piece))
+        write_json(self._file(method, seed), asdict(piece))
 
     def traceback_file(self, method: str, seed: int) -> Path:
         """Where the traceback of an error goes that is nobody's mistake but ours."""
@@ -97,7 +93,7 @@ class Pieces:
         return Measured(**{**plain, "costs": costs})
 
     def keep_measured(self, measured: Measured) -> None:
-        _write(self.output / "timings.json", asdict(measured))
+        write_json(self.output / "timings.json", asdict(measured))
 
     def _file(self, method: str, seed: int) -> Path:
         return self.output / "rows" / slug(method) / f"seed-{seed}.json"
@@ -139,11 +135,3 @@ def _read(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not what a comparison wrote ({error}): remove it") from None
-
-
-def _write(file: Path, plain: Any) -> None:
-    """So that a torn file is never found."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".writing-{file.name}")
-    write_durably(partial, (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode())
-    partial.replace(file)

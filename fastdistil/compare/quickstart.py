@@ -6,7 +6,6 @@ file of the user's is needed. It and its run lie beside the comparison's folder,
 are found again by the next comparison.
 """
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastdistil.compare.results import Comparison
 from fastdistil.compare.run import CompareConfig, compare
 from fastdistil.compare.steps import parse_chains
 from fastdistil.errors import UserError
+from fastdistil.train.checkpoint import save_model
 
 TASK = "libraries"
 METHODS = (
@@ -124,11 +124,7 @@ def _make_start(folder: Path) -> None:
     tokenizer = train_wordpiece(sentences, _VOCAB_SIZE, max_length=_POSITIONS)
     sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **_SIZES}
     torch.manual_seed(0)
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    BertModel(BertConfig(**sizes)).save_pretrained(str(aside))
-    tokenizer.save_pretrained(str(aside))
-    os.rename(aside, folder)
+    save_model(BertModel(BertConfig(**sizes)), tokenizer, folder)
 
 
 def _teacher_folder(output: Path) -> Path:

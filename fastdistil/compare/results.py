@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fastdistil.compare.files import write_json
 from fastdistil.errors import UserError
 
 Kind = Literal[
@@ -121,10 +122,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def write_comparison(folder: Path, comparison: Comparison) -> None:
-    text = json.dumps(asdict(comparison), indent=2, ensure_ascii=False) + "\n"
-    partial = folder / ".writing-results.json"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder / "results.json")
+    write_json(folder / "results.json", asdict(comparison))
 
 
 def read_comparison(folder: Path) -> Comparison:

@@ -33,10 +33,9 @@ from fastdistil.data.tasks import Examples, Task, find_task, read_examples
 from fastdistil.errors import RunError, UserError, one_line
 from fastdistil.evaluate import (
     bytes_on_disk,
-    chance_score,
+    check_teacher,
     count_parameters,
     evaluate_task,
-    mean_score,
 )
 from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.export.card import write_card
@@ -172,17 +171,14 @@ class _Run:
             found = Piece({}, None, scores, parameters, bytes_on_disk(self.teacher_folder), None)
         self.teacher_piece = found
         del self.teacher
-        score = mean_score(self.task, found.scores)
-        chance = chance_score(self.task, self.held_out.labels)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in found.scores.items())
-        self.log.say(f"teacher {self.config.teacher} on {self.task.name}: {shown} (chance: {chance:.4f})")
-        # Not "<=": a score that is not a number is weak, too.
-        if not score > chance + len(self.held_out) ** -0.5 and not self.config.allow_weak_teacher:
-            raise UserError(
-                f"teacher {self.config.teacher} scores {score:.4f} on {self.task.name}, and chance is "
-                f"{chance:.4f}: there is nothing to keep of it; fine-tune it first (fastdistil train "
-                f"finetune --teacher {self.config.teacher} --task {self.task.name})"
-            )
+        check_teacher(
+            self.config.teacher,
+            self.task,
+            found.scores,
+            self.held_out.labels,
+            self.log.say,
+            allow_weak=self.config.allow_weak_teacher,
+        )
         if scored:
             self.pieces.begin(self.identity)
             self.pieces.keep(TEACHER, 0, found)

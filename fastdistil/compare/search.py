@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from fastdistil.compare.chain import ChainContext, chain_record, run_chain
+from fastdistil.compare.files import check_output, write_json
 from fastdistil.compare.machine import describe_machine, processor_name
-from fastdistil.compare.measure import measure
+from fastdistil.compare.measure import float_reference, measure
 from fastdistil.compare.single import CompressResult, compress_command, finish_single
 from fastdistil.compare.steps import Chain, parse_chains
 from fastdistil.compress.store import load
-from fastdistil.data.noise import permutation
 from fastdistil.data.task_encoding import encode
 from fastdistil.data.tasks import Examples, find_task, read_examples
 from fastdistil.errors import RunError, UserError, one_line
@@ -35,7 +35,9 @@ from fastdistil.evaluate import bytes_on_disk, evaluate_task, mean_score
 from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.models.load import load_fitting_tokenizer, max_positions
 from fastdistil.models.task import load_task_model
-from fastdistil.train.cache import model_fingerprint, write_aside
+from fastdistil.train.cache import model_fingerprint
+from fastdistil.train.prepare_task import split_examples
+from fastdistil.train.sections import TaskConfig
 
 STATE = "search.json"
 _TEACHER = "teacher"
@@ -197,7 +199,7 @@ class _Search:
         self.source, self.output, self.seed, self.say = source, output, seed, say
         self.task, self.data = find_task(task), data
         self.score_name = " and ".join(self.task.metrics)
-        _check_output(output)
+        check_output(output, "search", ours=(output / STATE).exists() or (output / "models").is_dir())
         self.folder = model_folder(source)
         model, _ = load_task_model(source, self.task, new_head=False)
         positions = max_positions(model)
@@ -278,7 +280,7 @@ class _Search:
             threads=[1],
             batch_sizes=[1],
             length=self.length,
-            load=lambda folder: load(folder, dtype=torch.float32 if folder == self.folder else None),
+            load=float_reference(self.folder),
         )
         reference = timings.pop(_TEACHER)[0].p50_ms
         measured = {
@@ -298,9 +300,12 @@ class _Search:
             raise UserError(
                 "a search needs the same task.max_examples for all steps: train.task.max_examples=N"
             )
-        examples = read_examples(self.task, self.data, self.task.splits[0])
-        count = min(len(examples), next(iter(limits), None) or len(examples))
-        return examples.select(permutation(count, 0, 0).numpy()[: max(1, round(_HELD_OUT * count))])
+        section = TaskConfig(
+            name=self.task.name, max_examples=next(iter(limits), None), validation_fraction=_HELD_OUT
+        )
+        _, held_out = split_examples(read_examples(self.task, self.data, self.task.splits[0]), section)
+        assert held_out is not None
+        return held_out
 
     def _score(self, folder: Path) -> float:
         model = load(folder)
@@ -339,17 +344,4 @@ class _Search:
         self._write(state)
 
     def _write(self, state: State) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-
-        def write(file: Path) -> None:
-            file.write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-
-        write_aside(self.output / STATE, write)
-
-
-def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file, not a folder")
-    ours = (output / STATE).exists() or (output / "models").is_dir()
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise UserError(f"output {output} is not empty and holds no search: choose another --output")
+        write_json(self.output / STATE, asdict(state))

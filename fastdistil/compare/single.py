@@ -6,7 +6,6 @@ output/
   result.json  what is shown
 """
 
-import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,8 @@ from typing import Any
 import torch
 
 from fastdistil.compare.chain import ChainContext, chain_record, run_chain
-from fastdistil.compare.measure import measure
+from fastdistil.compare.files import check_output, write_json
+from fastdistil.compare.measure import float_reference, measure
 from fastdistil.compare.steps import Chain, parse_chain
 from fastdistil.compress.store import load
 from fastdistil.data.task_encoding import encode
@@ -27,7 +27,7 @@ from fastdistil.evaluate import bytes_on_disk, count_parameters, evaluate_task, 
 from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.export.card import write_card
 from fastdistil.models.load import load_fitting_tokenizer, load_tokenizer, max_positions
-from fastdistil.train.checkpoint import write_durably
+from fastdistil.train.checkpoint import publish, save_model
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def compress_model(
     """
     chain = parse_chain(method, overrides)
     found = None if task is None else find_task(task)
-    _check_output(output)
+    check_output(output, "compressed model", ours=(output / "models").is_dir())
     if found is None:
         made, notes = _without_task(source, chain, output, seed), list[str]()
     else:
@@ -112,7 +112,7 @@ def compress_model(
             task=found,
             data=data,
             output=output,
-            max_length=_length(source, found.usual_length),
+            max_length=min(found.usual_length, max_positions(load(model_folder(source)))),
             say=say,
         )
         made = run_chain(chain, context, seed)
@@ -153,22 +153,26 @@ def finish_single(
 
     `command` makes it again, for the card.
     """
-    original, length = model_folder(source), _length(source, LENGTH)
+    original = model_folder(source)
+    load_as_scored = float_reference(original)
+    positions = max_positions(load(original))
+    length = min(LENGTH, positions)
     folders = {"before": original, "after": made}
-    timings = measure(folders, threads=[1], batch_sizes=[1], length=length, load=_loader(original))
+    timings = measure(folders, threads=[1], batch_sizes=[1], length=length, load=load_as_scored)
+    examples = None if task is None else read_examples(task, data, "validation")
     sides = {}
     for name, folder in folders.items():
-        model, scores = _loader(original)(folder), None
-        if task is not None:
+        model, scores = load_as_scored(folder), None
+        if task is not None and examples is not None:
             tokenizer = load_fitting_tokenizer(folder, model, masks=False)
-            longest = _length(source, task.usual_length)
-            held_out = encode(task, read_examples(task, data, "validation"), tokenizer, longest)
+            held_out = encode(task, examples, tokenizer, min(task.usual_length, positions))
             scores = evaluate_task(model, task, held_out)
         score = None if scores is None or task is None else mean_score(task, scores)
         latency = timings[name][0].p50_ms
         sides[name] = Side(count_parameters(model), bytes_on_disk(folder), latency, scores, score)
     result = CompressResult(output / "model", chain.name, length, sides["before"], sides["after"], [*notes])
-    _publish(made, output / "model")
+    shutil.copytree(made, aside := output / ".writing-model", dirs_exist_ok=True)
+    publish(aside, output / "model")
     write_card(
         output / "model",
         title=f"{Path(source).name}, {chain.name}",
@@ -177,8 +181,7 @@ def finish_single(
         steps=chain.descriptions,
         facts=result.rows()[2:],
     )
-    plain = {**asdict(result), "path": "model"}
-    write_durably(output / "result.json", (json.dumps(plain, indent=2) + "\n").encode())
+    write_json(output / "result.json", {**asdict(result), "path": "model"})
     return result
 
 
@@ -192,33 +195,5 @@ def _without_task(source: str, chain: Chain, output: Path, seed: int) -> Path:
         options = step.method_options()
         model = step.method.finish(step.method.apply(model, options, None), options)
     folder = output / "models" / "untrained"
-    shutil.rmtree(folder, ignore_errors=True)
-    model.save_pretrained(str(folder))
-    load_tokenizer(source, masks=False).save_pretrained(str(folder))
+    save_model(model, load_tokenizer(source, masks=False), folder)
     return folder
-
-
-def _length(source: str, usual: int) -> int:
-    return min(usual, max_positions(load(model_folder(source))))
-
-
-def _loader(original: Path) -> Callable[[Path], Any]:
-    """The original in float32, whatever its file has; another in the precision of its own."""
-    return lambda folder: load(folder, dtype=torch.float32 if folder == original else None)
-
-
-def _check_output(output: Path) -> None:
-    if output.is_dir() and any(output.iterdir()) and not (output / "models").is_dir():
-        raise UserError(
-            f"output {output} is not empty and holds no compressed model: choose another --output"
-        )
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file, not a folder")
-
-
-def _publish(made: Path, folder: Path) -> None:
-    aside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(made, aside)
-    shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)

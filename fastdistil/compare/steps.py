@@ -1,6 +1,5 @@
 """From the name of a chain, such as `kd+prune-ffn:0.5+int8`, to its steps and their options."""
 
-import contextlib
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -8,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from fastdistil.compare.results import Kind
@@ -17,6 +15,7 @@ from fastdistil.compress.registry import find_method, methods
 from fastdistil.errors import UserError
 from fastdistil.recipes import for_variant, list_recipes, load_recipe
 from fastdistil.schema import Section
+from fastdistil.train.overrides import parse_value
 
 # What a user may write who does not want to choose.
 ALIASES = {"distil": "kd", "distill": "kd", "prune": "prune-ffn", "quantize": "int8"}
@@ -62,7 +61,7 @@ class Step:
         if self.value is not None:
             if method.main is None:
                 raise UserError(f"{self}: {self.name} takes no value")
-            plain[method.main] = _value(self.value)
+            plain[method.main] = parse_value(str(self), self.value)
         try:
             return method.options(**plain)
         except ValidationError as error:
@@ -203,7 +202,7 @@ def _override(step: Step, place: int, override: str) -> Step | None:
     name, dot, rest = key.partition(".")
     if not equals or not dot or not rest:
         raise UserError(f"an override of a chain reads NAME.KEY=VALUE, got {override!r}")
-    value = _value(text)
+    value = parse_value(key, text)
     if name in ("recover", "train"):
         if step.is_recipe:
             return replace(step, options={**step.options, rest: value}) if name == "train" else None
@@ -231,18 +230,6 @@ def _refuse_unused(overrides: Sequence[str], used: set[str]) -> None:
         if override not in used:
             name = override.partition(".")[0]
             raise UserError(f"{override}: no step called {name!r} takes it")
-
-
-def _value(text: str) -> Any:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{text!r} is not a YAML value") from None
-    if isinstance(value, str):
-        # YAML 1.1 reads 1e-4 (no dot) as a string.
-        with contextlib.suppress(ValueError):
-            return float(value)
-    return value
 
 
 @cache

@@ -14,14 +14,19 @@ from fastdistil.models.load import load_model
 
 def is_compressed(source: str | Path) -> bool:
     """Whether `source` is a folder of a model that only `load` restores, not `AutoModel`."""
+    return described(source) is not None
+
+
+def described(source: str | Path) -> Any:
+    """What the folder's config.json has under "fastdistil"; None of a model that is not compressed."""
     path = Path(source).expanduser() / "config.json"
     if not path.is_file():
-        return False
+        return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    return isinstance(config, dict) and config.get("fastdistil") is not None
+    return config.get("fastdistil") if isinstance(config, dict) else None
 
 
 def load(

@@ -9,13 +9,14 @@ from fastdistil.evaluate.cost import (
 )
 from fastdistil.evaluate.masked_lm import MaskedLMScore, evaluate_masked_lm
 from fastdistil.evaluate.objectives import evaluate_objectives
-from fastdistil.evaluate.task import chance_score, evaluate_task, mean_score, predict_logits
+from fastdistil.evaluate.task import chance_score, check_teacher, evaluate_task, mean_score, predict_logits
 
 __all__ = [
     "Latency",
     "MaskedLMScore",
     "bytes_on_disk",
     "chance_score",
+    "check_teacher",
     "count_parameters",
     "evaluate_masked_lm",
     "evaluate_objectives",

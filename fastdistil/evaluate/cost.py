@@ -5,7 +5,6 @@ model or of a task is left out. Where the encoder takes token types, each text i
 length: a siamese BiLSTM reads both.
 """
 
-import json
 import resource
 import subprocess
 import sys
@@ -155,8 +154,9 @@ def print_peak_memory() -> None:
 
 def _compression(folder: str | Path) -> dict[str, Any]:
     """How the folder's model differs from what its class of `transformers` is: its config's "fastdistil"."""
-    file = Path(folder) / "config.json"
-    return (json.loads(file.read_text(encoding="utf-8")).get("fastdistil") if file.is_file() else None) or {}
+    from fastdistil.compress.store import described
+
+    return described(folder) or {}
 
 
 def _compressed_loader(folder: str, runtime: str | None) -> Callable[[str], Any]:

@@ -14,6 +14,7 @@ from fastdistil.data.task_batches import read_task_batch, within_budget
 from fastdistil.data.task_encoding import EncodedTask
 from fastdistil.data.task_windows import Windows
 from fastdistil.data.tasks import Task
+from fastdistil.errors import UserError
 from fastdistil.models.taps import accepted_inputs, task_logits
 
 _MAX_ANSWER = 30  # tokens of a span, as in SQuAD's reference code
@@ -88,6 +89,28 @@ def chance_score(task: Task, labels: np.ndarray) -> float:
         return 0.0
     most_frequent = np.full_like(labels, np.bincount(labels).argmax())
     return mean_score(task, _scores(task, most_frequent, labels))
+
+
+def check_teacher(
+    source: str | None,
+    task: Task,
+    scores: dict[str, float],
+    labels: np.ndarray,  # (N,) of the examples that `scores` were taken on
+    say: Callable[[str], None],
+    *,
+    allow_weak: bool,
+) -> None:
+    """Say what a teacher scores; `UserError` for one no better than chance, unless that is allowed."""
+    score, chance = mean_score(task, scores), chance_score(task, labels)
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    say(f"teacher {source} on {task.name}: {shown} (chance: {chance:.4f})")
+    # Not "<=": a score that is not a number is weak, too.
+    if not score > chance + len(labels) ** -0.5 and not allow_weak:
+        raise UserError(
+            f"teacher {source} scores {score:.4f} on {task.name}, and chance is {chance:.4f}: there is "
+            f"nothing to learn from it; fine-tune it first (fastdistil train finetune --teacher {source} "
+            f"--task {task.name}), or add --allow-weak-teacher"
+        )
 
 
 def _forward(

@@ -190,6 +190,18 @@ def write_durably(file: Path, content: bytes) -> None:
         os.fsync(handle.fileno())
 
 
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a `transformers` folder, durably; it appears when it is whole, and replaces one of that name."""
+    partial = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial))
+    tokenizer.save_pretrained(str(partial))
+    for file in partial.iterdir():
+        with open(file, "rb") as handle:
+            os.fsync(handle.fileno())
+    publish(partial, folder)
+
+
 def publish(temporary: Path, folder: Path) -> None:
     """Rename a finished temporary folder into place, durably; replaces a folder of that name."""
     _fsync_folder(temporary)

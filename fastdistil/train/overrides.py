@@ -15,6 +15,11 @@ def apply_override(plain: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"an override reads key=value, got {override!r}")
+    set_key(plain, key, parse_value(key, text))
+
+
+def parse_value(key: str, text: str) -> Any:
+    """The YAML value that the user gave for `key`."""
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -22,8 +27,8 @@ def apply_override(plain: dict[str, Any], override: str) -> None:
     if isinstance(value, str):
         # YAML 1.1 reads 1e-4 (no dot) as a string.
         with contextlib.suppress(ValueError):
-            value = float(value)
-    set_key(plain, key, value)
+            return float(value)
+    return value
 
 
 def set_key(plain: dict[str, Any], key: str, value: Any) -> None:

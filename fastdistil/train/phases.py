@@ -4,8 +4,6 @@ A phase is finished when its model folder stands in the output folder, under the
 skips it.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ from fastdistil.models.stack import embedding_parameters, layer_parameters
 from fastdistil.models.taps import fast_dtype, frozen_copy
 from fastdistil.objectives import Objective
 from fastdistil.train.build import make_objectives
-from fastdistil.train.checkpoint import publish
+from fastdistil.train.checkpoint import save_model
 from fastdistil.train.config import RunConfig
 from fastdistil.train.logging import RunLog
 from fastdistil.train.loop import Phase, train
@@ -112,7 +110,7 @@ class Phases:
         )
         train(phase, self.accelerator, self.log)
         if self.accelerator.is_main_process:
-            self._save(model, tokenizer, folder)
+            save_model(model, tokenizer, folder)
         self.accelerator.wait_for_everyone()
         self.accelerator.free_memory()
         return folder
@@ -164,16 +162,6 @@ class Phases:
             folder = phase(layer_name, build, configs, partial(_up_to_layer, layer=layer))
             build = partial(load, folder)
         return folder
-
-    def _save(self, model: Any, tokenizer: Any, folder: Path) -> None:
-        partial = folder.with_name(f".writing-{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(str(partial))
-        tokenizer.save_pretrained(str(partial))
-        for file in partial.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        publish(partial, folder)
 
 
 def phase_names(stages: Sequence[StageConfig]) -> list[str]:

@@ -20,7 +20,7 @@ from fastdistil.train.cache import cache_file, model_fingerprint, write_aside
 from fastdistil.train.config import RunConfig
 from fastdistil.train.logging import RunLog
 from fastdistil.train.phases import autocast_dtype
-from fastdistil.train.sections import AugmentConfig, LoopConfig
+from fastdistil.train.sections import AugmentConfig, LoopConfig, TaskConfig
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,10 @@ class TaskExamples:
     max_tokens: int  # of a forward pass
 
     def steps_per_epoch(self, loop: LoopConfig) -> int:
-        return math.ceil(len(self.data) / loop.batch_size)
+        return _steps_per_epoch(len(self.data), loop)
 
     def steps(self, loop: LoopConfig) -> int:
-        """Whole epochs end with their smaller last batch."""
-        if loop.steps is not None:
-            return loop.steps
-        assert loop.epochs is not None
-        return math.ceil(loop.epochs * self.steps_per_epoch(loop))
+        return count_steps(len(self.data), loop)
 
     def batches(self, loop: LoopConfig, seed: int, accelerator: Accelerator) -> BatchSource:
         return TaskBatches(
@@ -68,6 +64,31 @@ class TaskExamples:
         return replace(self, data=replace(self.data, teacher_logits=np.load(file)))
 
 
+def count_steps(num_examples: int, loop: LoopConfig) -> int:
+    """Optimiser steps on so many examples; whole epochs end with their smaller last batch."""
+    if loop.steps is not None:
+        return loop.steps
+    assert loop.epochs is not None
+    return math.ceil(loop.epochs * _steps_per_epoch(num_examples, loop))
+
+
+def _steps_per_epoch(num_examples: int, loop: LoopConfig) -> int:
+    return math.ceil(num_examples / loop.batch_size)
+
+
+def split_examples(examples: Examples, section: TaskConfig) -> tuple[Examples, Examples | None]:
+    """Those of the training split that are trained on, and those held out of it; None: it is all trained on.
+
+    The same examples are held out for every seed of a run.
+    """
+    limit = min(len(examples), section.max_examples or len(examples))
+    if section.validation_fraction is None:
+        return examples.select(range(limit)), None
+    order = permutation(limit, 0, 0).numpy()
+    count = max(1, round(section.validation_fraction * limit))
+    return examples.select(order[count:]), examples.select(order[:count])
+
+
 class TaskData:
     """The task's files, read once a run.
 
@@ -83,17 +104,11 @@ class TaskData:
         self._section = config.task
         train, validation = task.splits[:2]
         self._examples = read_examples(task, self._section.data, train)
-        limit = min(len(self._examples), self._section.max_examples or len(self._examples))
-        if self._section.validation_fraction is None:
-            self._examples = self._examples.select(range(limit))
+        self._examples, held_out = split_examples(self._examples, self._section)
+        if held_out is None:
             held_out = read_examples(task, self._section.data, validation)
             self._split = held_out.split  # another one where the folder lacks it
         else:
-            # The same examples for every seed of the run.
-            order = permutation(limit, 0, 0).numpy()
-            count = max(1, round(self._section.validation_fraction * limit))
-            held_out = self._examples.select(order[:count])
-            self._examples = self._examples.select(order[count:])
             self._split = "held-out training"
         self.held_out = self._encode(held_out, self._split)
         self._training: dict[str, TaskExamples] = {}

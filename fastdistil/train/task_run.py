@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from fastdistil.data.tasks import Task, find_task
 from fastdistil.errors import UserError
-from fastdistil.evaluate import chance_score, evaluate_objectives, evaluate_task, mean_score
+from fastdistil.evaluate import check_teacher, evaluate_objectives, evaluate_task
 from fastdistil.models.load import load_encoder, load_masked_lm, load_tokenizer, max_positions
 from fastdistil.models.student import check_same_tokenizer
 from fastdistil.models.task import load_task_model
@@ -106,17 +106,10 @@ class TaskRun:
         teacher, _ = self._teacher(stage)
         source, held_out = stage.teacher or self.config.teacher, self.data.held_out
         self.teacher_scores = evaluate_task(teacher, self.task, held_out)
-        score = mean_score(self.task, self.teacher_scores)
-        chance = chance_score(self.task, held_out.labels)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in self.teacher_scores.items())
-        self.log.say(f"teacher {source} on {self.task.name}: {shown} (chance: {chance:.4f})")
-        # Not "<=": a score that is not a number is weak, too.
-        if not score > chance + len(held_out) ** -0.5 and not self.config.allow_weak_teacher:
-            raise UserError(
-                f"teacher {source} scores {score:.4f} on {self.task.name}, and chance is {chance:.4f}: there "
-                "is nothing to learn from it; fine-tune it first (fastdistil train finetune --teacher "
-                f"{source} --task {self.task.name}), or add --allow-weak-teacher"
-            )
+        allow_weak = self.config.allow_weak_teacher
+        check_teacher(
+            source, self.task, self.teacher_scores, held_out.labels, self.log.say, allow_weak=allow_weak
+        )
 
     def _stage(self, stage: StageConfig, phase: str, build: Callable[[], Any]) -> Path:
         teacher = None

@@ -125,7 +125,7 @@ def test_an_interrupted_step_goes_on(
     unbroken = run_chain(chain, ctx)
     expected = load(unbroken).state_dict()
     shutil.rmtree(unbroken.parent)
-    finish = chain_module._save
+    finish = chain_module.save_model
 
     def stop(model: Any, tokenizer: Any, folder: Path) -> None:
         if folder.name == "model":
@@ -133,7 +133,7 @@ def test_an_interrupted_step_goes_on(
         finish(model, tokenizer, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(chain_module, "_save", stop)
+        patch.setattr(chain_module, "save_model", stop)
         with pytest.raises(KeyboardInterrupt):
             run_chain(chain, ctx)
     folder = run_chain(chain, ctx)

@@ -37,7 +37,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(costs, "measure_peak_memory", peak)
     monkeypatch.setattr(costs, "measure", measure)
-    monkeypatch.setattr(costs, "load", load)
+    monkeypatch.setattr("fastdistil.compare.measure.load", load)
     monkeypatch.setattr(costs, "find_meter", lambda device: (None, "there is no counter"))
     monkeypatch.setattr(costs, "memory_bytes", lambda field: 10_000)
     return asked
