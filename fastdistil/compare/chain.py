@@ -58,6 +58,7 @@ class ChainContext:
     calibration_examples: int = 256
     # Where it is scored in place of the validation split: to choose among chains by.
     validation_fraction: float | None = None
+    allow_weak_teacher: bool = False
     say: Callable[[str], None] = print
 
     @cached_property
@@ -263,7 +264,11 @@ def _recovery_config(step: Step, folder: Path, context: ChainContext, seed: int)
 
 
 def _of_task(context: ChainContext) -> dict[str, Any]:
-    return {"task.max_length": context.max_length, "task.validation_fraction": context.validation_fraction}
+    return {
+        "task.max_length": context.max_length,
+        "task.validation_fraction": context.validation_fraction,
+        "allow_weak_teacher": context.allow_weak_teacher,
+    }
 
 
 def _steps(config: RunConfig, context: ChainContext) -> int:

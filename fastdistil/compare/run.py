@@ -146,6 +146,7 @@ class _Run:
             data=config.data,
             output=config.output,
             max_length=self.max_length,
+            allow_weak_teacher=config.allow_weak_teacher,
             say=lambda text: self.log.say(f"    {text}"),
         )
 

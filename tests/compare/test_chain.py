@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +190,18 @@ def test_steps_of_a_recovery_reach_the_methods_that_ask(context: Context) -> Non
     assert max(json.loads(line)["step"] for line in metrics) == 12
     weight = load(folder).bert.encoder.layer[0].output.dense.weight
     assert 0.3 < (weight == 0).double().mean() < 0.7
+
+
+def test_a_weak_teacher_is_learnt_from_only_where_that_is_allowed(
+    context: Context, task_encoder: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    ctx = context()
+    model, tokenizer = load_task_model(task_encoder, ctx.task, new_head=True)
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "weak")
+    chain = parse_chain("prune-ffn:0.5", QUICK)
+    refused = replace(ctx, teacher=str(tmp_path / "weak"))
+    with pytest.raises(UserError, match="there is nothing to learn from it"):
+        run_chain(chain, refused)
+    assert (run_chain(chain, replace(refused, allow_weak_teacher=True)) / "config.json").is_file()
