@@ -2,9 +2,11 @@
 
 Usage: python benchmarks/methods.py FOLDER [--measure]
 
-FOLDER/<method>/<task>/ is what `fastdistil train` leaves in --output, with seeds or without. Prints two
-Markdown tables: the scores (mean ± sample standard deviation where there are seeds), and the share of the
-teacher's score that each student keeps, beside the one that the method's paper reports.
+FOLDER/<method>/<task>/ is what `fastdistil train` leaves in --output, with seeds or without; "method" may be
+a recipe with its variant, as pkd-3-layers. Prints two Markdown tables: the scores (mean ± sample standard
+deviation where there are seeds), and the share of the teacher's score that each student keeps, beside the one
+that the method's paper reports. A model that was fine-tuned alone, as one of `minilm` is, is compared with
+FOLDER/teacher/<task>.
 
 With --measure, on a quiet machine: the latency of every row's model, all taking turns, goes into
 FOLDER/latency.json, where the table finds it. Needs the model folders.
@@ -15,7 +17,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,11 @@ def read(root: Path) -> dict[str, dict[str, Cell]]:
                 if model != "teacher":  # it has a folder of its own, of recipe finetune
                     row = f"{method.name}, no teacher" if model == "baseline" else method.name
                     rows.setdefault(row, {})[task] = cell
+    for task, teacher in rows.get("teacher", {}).items():
+        for cells in (cells for name, cells in rows.items() if name != "teacher" and task in cells):
+            if not cells[task].retained:
+                retained = [100 * score / teacher.scores[0] for score in cells[task].scores]
+                cells[task] = replace(cells[task], retained=retained)
     return rows
 
 
