@@ -179,14 +179,13 @@ def _distil(
     if train:
         _train(config, folder)
         return
-    from fastdistil.train.students import build_student, takes_whole_model
+    from fastdistil.train.students import build_student
 
     torch.manual_seed(seed)
     origin = config.student.from_model or config.teacher
     assert origin is not None
     model, tokenizer = load_task_model(origin, context.task, new_head=True)
-    if not takes_whole_model(config.student):
-        model = build_student(config.student, model, pairs=len(context.task.columns) > 1)
+    model = build_student(config.student, model, pairs=len(context.task.columns) > 1)
     save_model(model, tokenizer, folder / "model")
 
 

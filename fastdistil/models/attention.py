@@ -3,6 +3,10 @@
 A model of `transformers` looks its attention function up by name at every call. For the length of one forward
 pass the name is that of `_tapped_sdpa`, which keeps what it is given and then does what SDPA does. So the
 model's code is not patched, and outside of that pass it is untouched.
+
+So a model that trains in bfloat16 on a CPU without dropout in attention gets SDPA in float32, where
+torch's backward pass (`_scaled_dot_product_flash_attention_for_cpu_backward`, torch 2.13) is several times
+faster: benchmarks/bench_train_no_dropout.py. With dropout SDPA takes another path.
 """
 
 from collections.abc import Collection, Iterator
@@ -11,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastdistil.errors import UserError
@@ -50,17 +55,18 @@ def tap_attention(model: Any, layers: Collection[int]) -> Iterator[dict[int, Att
     """Within the context, one forward pass of `model` fills the yielded dict with `layers` (0-based).
 
     They are counted in the order in which the pass comes to them, so that layers that share weights (ALBERT)
-    are told apart. The pass runs through SDPA. Without `layers` nothing is changed.
+    are told apart. The pass runs through SDPA. Without `layers` nothing is changed but the precision of an
+    attention whose backward pass would be slow.
 
     Raises:
         UserError: afterwards, if the model's attention does not go through the interface of `transformers`
             (MPNet), or a layer is not there.
     """
-    if not layers:
+    config = model.config
+    if not layers and not _trains_slowly(config):
         yield {}
         return
     _register()
-    config = model.config
     recording, implementation = _Recording(frozenset(layers)), config._attn_implementation
     token = _recording.set(recording)
     config._attn_implementation = _NAME
@@ -69,7 +75,7 @@ def tap_attention(model: Any, layers: Collection[int]) -> Iterator[dict[int, Att
     finally:
         config._attn_implementation = implementation
         _recording.reset(token)
-    if recording.calls == 0:
+    if layers and recording.calls == 0:
         raise UserError(
             f"{type(model).__name__} (model type {config.model_type!r}) does not use the attention interface "
             "of transformers, so its queries, keys and values cannot be tapped; BERT, DistilBERT, RoBERTa, "
@@ -77,6 +83,12 @@ def tap_attention(model: Any, layers: Collection[int]) -> Iterator[dict[int, Att
         )
     for layer in sorted(recording.layers - recording.states.keys()):
         raise UserError(f"layer {layer} is not there: the attention layers are 0 to {recording.calls - 1}")
+
+
+def _trains_slowly(config: Any) -> bool:
+    """Whether the pass is one of SDPA in bfloat16 on a CPU, with a backward pass to follow."""
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return torch.is_grad_enabled() and bf16 and config._attn_implementation == "sdpa"
 
 
 def _register() -> None:
@@ -99,4 +111,11 @@ def _tapped_sdpa(
                 query, key, value, keywords.get("scaling"), keywords.get("sliding_window")
             )
         recording.calls += 1
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+    slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.requires_grad
+    if not slow or keywords.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
+    with torch.autocast("cpu", enabled=False):
+        output, _ = sdpa_attention_forward(
+            module, query.float(), key.float(), value.float(), attention_mask, **keywords
+        )
+    return output.to(query.dtype), None

@@ -40,6 +40,19 @@ _BERT_TO_DISTILBERT: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 ]
 
 
+def set_dropout(model: Any, probability: float) -> None:
+    """Change the dropout of hidden states, attention and head of a model of any family, compressed or not, in
+    place: of its modules and of its config."""
+    for name, value in model.config.to_dict().items():
+        if "dropout" in name and type(value) in (int, float):
+            setattr(model.config, name, probability)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = probability
+        elif isinstance(getattr(module, "attention_dropout", None), float):  # ModernBERT
+            module.attention_dropout = probability
+
+
 def make_student(
     teacher: Any,
     *,

@@ -58,7 +58,7 @@ class StudentConfig(Section):
         default=None,
         ge=0,
         lt=1,
-        description="probability, hidden and attention; None: as in the teacher's config",
+        description="probability, hidden states and attention; None: as in the source's config",
     )
 
 

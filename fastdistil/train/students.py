@@ -4,7 +4,7 @@ from typing import Any
 
 from fastdistil.models.bilstm import make_bilstm
 from fastdistil.models.mobilebert import make_mobilebert
-from fastdistil.models.student import make_student
+from fastdistil.models.student import make_student, set_dropout
 from fastdistil.train.sections import StudentConfig
 
 _SIZES = ("num_layers", "teacher_layers", "hidden_size", "num_attention_heads", "intermediate_size")
@@ -14,10 +14,16 @@ def build_student(config: StudentConfig, source: Any, pairs: bool = False) -> An
     """A student with the head of `source`, from its weights or from torch's global random state.
 
     Of the teacher a student has half the layers, and may be of another family; a model of its own
-    (`from_model`) keeps all of its layers and its family, where the configuration does not say otherwise.
+    (`from_model`) keeps all of its layers and its family, where the configuration does not say otherwise. If
+    the configuration changes nothing of it, or the dropout alone, the student is `source` itself, which may
+    be a compressed model then.
     `pairs` says whether a text of the task is two sentences, which a BiLSTM reads apart.
     Raises `UserError` for sizes that do not fit the source or the architecture.
     """
+    if takes_whole_model(config):
+        if config.dropout is not None:
+            set_dropout(source, config.dropout)
+        return source
     match config.architecture:
         case "bilstm":
             return make_bilstm(
@@ -41,7 +47,6 @@ def build_student(config: StudentConfig, source: Any, pairs: bool = False) -> An
 
 
 def takes_whole_model(config: StudentConfig) -> bool:
-    """Whether the student is `from_model` as it is: its weights, without a layer cut, or a width or the
-    dropout changed."""
-    changed = any(getattr(config, name) is not None for name in (*_SIZES, "architecture", "dropout"))
+    """Whether the student is `from_model` as it is: its weights, without a layer cut or a width changed."""
+    changed = any(getattr(config, name) is not None for name in (*_SIZES, "architecture"))
     return config.from_model is not None and config.init == "teacher" and not changed

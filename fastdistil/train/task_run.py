@@ -24,7 +24,7 @@ from fastdistil.train.prepare import MaskedText, PreparedData, Texts
 from fastdistil.train.prepare_task import TaskData, TaskExamples
 from fastdistil.train.report import RunResult, finish
 from fastdistil.train.sections import StageConfig
-from fastdistil.train.students import build_student, takes_whole_model
+from fastdistil.train.students import build_student
 
 _LABELS_ALONE: list[ObjectiveConfig] = [PredictionConfig(kd_weight=0, task_weight=1)]
 
@@ -170,8 +170,6 @@ class TaskRun:
         def build() -> Any:
             torch.manual_seed(self.config.seed)
             model, _ = self._load(source, stage)
-            if takes_whole_model(config):
-                return model
             return build_student(config, model, pairs=len(self.task.columns) > 1)
 
         return build

@@ -28,7 +28,7 @@ from fastdistil.train.prepare import (
 )
 from fastdistil.train.report import BEFORE, RunResult, finish, shown
 from fastdistil.train.sections import LoopConfig, NewTeacherConfig, ScheduleConfig, StageConfig
-from fastdistil.train.students import build_student, takes_whole_model
+from fastdistil.train.students import build_student
 
 _MASKED_LM: list[ObjectiveConfig] = [VocabularyConfig(kd_weight=0, ce_weight=1)]
 
@@ -99,10 +99,9 @@ class TextRun:
         model, tokenizer = load_encoder_with_new_head(
             str(student.from_model), token_counts=token_counts, next_sentence=self.next_sentence
         )
-        if not takes_whole_model(student):
-            model = build_student(student, model)
-            if student.init == "random" and token_counts is not None:
-                start_at_frequencies(mlm_head(model), token_counts)
+        model = build_student(student, model)
+        if student.init == "random" and token_counts is not None:
+            start_at_frequencies(mlm_head(model), token_counts)
         return model, tokenizer
 
     def _new_teacher(self, sizes: NewTeacherConfig) -> Path:

@@ -10,6 +10,7 @@ import torch
 from transformers import MPNetConfig, MPNetModel
 
 from fastdistil.errors import UserError
+from fastdistil.models.student import set_dropout
 from fastdistil.models.taps import Wanted, tap, tap_teacher
 
 FAMILIES = ["bert", "distilbert", "roberta", "electra", "mobilebert", "albert", "modernbert"]
@@ -81,6 +82,50 @@ def test_gradients_reach_the_student_through_the_taps(model, tiny_batch):
         grads = [layer.attention.self.query.weight.grad is not None for layer in model.bert.encoder.layer]
         assert grads == [True, True, False, False]
         assert model.bert.encoder.layer[1].attention.self.key.weight.grad is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_dropout_a_model_that_trains_in_bfloat16_has_float32_attention_on_a_cpu(
+    family, build, tiny_batch, monkeypatch
+):
+    """In float32 SDPA's backward pass is faster there, and it rounds less: that is all that may differ."""
+    model = build(family).train()
+    set_dropout(model, 0.0)
+    ids, mask = tiny_batch(model)
+    sdpa, dtypes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query, *arguments, **keywords):
+        dtypes.append(query.dtype)
+        return sdpa(query, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    exact = tap(model, inputs(ids, mask)).last_hidden
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = tap(model, inputs(ids, mask)).last_hidden
+        with torch.no_grad():
+            plain = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    layers = model.config.num_hidden_layers
+    assert dtypes == [torch.float32] * 2 * layers + [torch.bfloat16] * layers
+    assert model.config._attn_implementation == "sdpa"
+    valid = mask.bool()
+    ours_error, plain_error = ((x - exact)[valid].square().mean() for x in (ours, plain))
+    assert ours_error <= 1.5 * plain_error
+    ours.float()[valid].square().sum().backward()
+    assert model.get_input_embeddings().weight.grad.isfinite().all()
+
+
+def test_with_dropout_attention_stays_in_the_precision_of_the_pass(build, tiny_batch, monkeypatch):
+    bert = build("bert").train()
+    sdpa, dtypes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def spy(query, *arguments, **keywords):
+        dtypes.append(query.dtype)
+        return sdpa(query, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    with torch.autocast("cpu", torch.bfloat16):
+        tap(bert, inputs(*tiny_batch(bert)))
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_relation_states_have_the_heads_side_by_side(build, tiny_batch):

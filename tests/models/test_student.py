@@ -1,5 +1,7 @@
 """Students made from teachers: exact copies where all layers are kept, the right layers where not."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -12,7 +14,7 @@ from transformers import (
 )
 
 from fastdistil.errors import UserError
-from fastdistil.models.student import make_student, spread_layers
+from fastdistil.models.student import make_student, set_dropout, spread_layers
 
 
 def logits(model, ids, mask):
@@ -258,3 +260,17 @@ def test_no_student_is_made_of_a_compressed_model(tiny_model):
     tiny_model.config.fastdistil = {"format": 1, "replacements": []}
     with pytest.raises(UserError, match="distil first, then compress"):
         make_student(tiny_model)
+
+
+@pytest.mark.parametrize(
+    "family", ["bert", "distilbert", "roberta", "electra", "mobilebert", "albert", "modernbert"]
+)
+def test_dropout_is_set_in_modules_and_config(family, build):
+    model = build(family).train()
+    ids = torch.arange(5, 15)[None]
+    set_dropout(model, 0.5)
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    set_dropout(model, 0)
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    again = type(model)(copy.deepcopy(model.config)).train()
+    assert torch.equal(again(ids).logits, again(ids).logits)
