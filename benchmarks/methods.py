@@ -8,8 +8,9 @@ deviation where there are seeds), and the share of the teacher's score that each
 that the method's paper reports. A model that was fine-tuned alone, as one of `minilm` is, is compared with
 FOLDER/teacher/<task>.
 
-With --measure, on a quiet machine: the latency of every row's model, all taking turns, goes into
-FOLDER/latency.json, where the table finds it. Needs the model folders.
+With --measure, on a quiet machine: the latencies of the rows' models, all taking turns, go into
+FOLDER/latency.json, where the table finds them. Needs the model folders. Rows that have a latency there keep
+it; new ones are then scaled by the teacher's times, so that ratios to it are those that were measured.
 """
 
 from __future__ import annotations
@@ -148,7 +149,11 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     everything = read(folders[0])
     file = folders[0] / "latency.json"
+    latency = json.loads(file.read_text()) if file.exists() else {}
     if "--measure" in sys.argv:
-        file.write_text(json.dumps(measure(everything), indent=1) + "\n")
-    print(table(everything, json.loads(file.read_text()) if file.exists() else {}), end="\n\n")
+        measured = measure(everything)
+        scale = latency.get("teacher", measured["teacher"]) / measured["teacher"]
+        latency = {name: scale * time for name, time in measured.items()} | latency
+        file.write_text(json.dumps(latency, indent=1) + "\n")
+    print(table(everything, latency), end="\n\n")
     print(retained_table(everything))
