@@ -1,8 +1,9 @@
 """Forward and backward of a student that trains without dropout in attention: 12 layers, 384 wide.
 
 Without dropout SDPA takes torch's flash attention, on a CPU too, and there its backward pass in bfloat16 is
-several times slower than in float32. fastdistil's pass gives it float32 queries, keys and values
-(models/attention.py); the rival is the same model called under the same autocast. On a GPU both are the same.
+slower than in float32, the more so the shorter the sequences are. fastdistil's pass gives it float32 queries,
+keys and values (models/attention.py); the rival is the same model under the same autocast. On a GPU both are
+the same.
 ModernBERT has no dropout in attention, and recipes have none where `student.dropout` is 0.
 """
 
@@ -31,10 +32,10 @@ class Case:
     length: int
     layers: int = LAYERS
     dim: int = DIM
-    precision: str = "bfloat16"
+    dtype: str = "bfloat16"
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.length}-{self.precision}"
+        return f"{self.batch}x{self.length}-{self.dtype}"
 
 
 CASES = [Case(32, 56), Case(16, 128), Case(4, 512)]
@@ -52,7 +53,8 @@ def build(case: Case) -> Work:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    model: Any = BertModel(config, add_pooling_layer=False).to(device()).train()
+    model: Any = BertModel(config, add_pooling_layer=False)
+    model.to(device()).train()
     # Softmax does not see a key's bias: its gradient is rounding errors, which cannot be compared.
     parameters = [p for name, p in model.named_parameters() if not name.endswith("key.bias")]
     ids = torch.randint(VOCAB, (case.batch, case.length), device=device())
