@@ -6,7 +6,7 @@ model's code is not patched, and outside of that pass it is untouched.
 
 So a model that trains in bfloat16 on a CPU without dropout in attention gets SDPA in float32: in bfloat16
 torch's backward pass (`_scaled_dot_product_flash_attention_for_cpu_backward`, torch 2.13) is so slow at short
-lengths that it costs a fifth of the whole pass (benchmarks/bench_train_no_dropout.py). With dropout SDPA takes
+lengths that it is a fifth of the whole pass (benchmarks/bench_train_no_dropout.py). With dropout SDPA takes
 another path.
 """
 
