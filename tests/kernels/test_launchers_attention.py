@@ -338,8 +338,9 @@ def test_attention_mse_is_deterministic() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_attention_mse_near_convergence(dtype: torch.dtype) -> None:
-    """The three products cancel to a millionth. Slack of the gradient: four times; the interpreter's products
-    are numpy's, and what they round depends on the processor (up to 3.1 times seen)."""
+    """The three products cancel to a millionth. Slack of the gradient: 3.25 times; the interpreter's products
+    are numpy's, and what they round depends on the processor: 2.91 times with OpenBLAS's kernels for Haswell
+    and Zen (OPENBLAS_CORETYPE), 3.02 with those for SkylakeX."""
     _, _, q, k = _inputs((64, 64), 130)
     tensors = [
         (x + distance * _random(*x.shape, seed=20).to(x)).to(dtype) for distance in (1e-3, 0) for x in (q, k)
@@ -356,7 +357,7 @@ def test_attention_mse_near_convergence(dtype: torch.dtype) -> None:
     ]
     assert errors[0][0] <= (1e-5 if dtype is torch.float32 else errors[1][0])
     for our_error, plain_error in zip(errors[0][1:], errors[1][1:], strict=True):
-        assert our_error <= 4 * plain_error
+        assert our_error <= 3.25 * plain_error
 
 
 def _plain_hidden(student: Tensor, teacher: Tensor, mask: Tensor | None, normalize: bool) -> Tensor:
