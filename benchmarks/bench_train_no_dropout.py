@@ -23,15 +23,13 @@ from transformers import BertConfig, BertModel
 from fastdistil.models.taps import tap
 from fastdistil.ops.matmul import native_bf16_products
 
-LAYERS, DIM = 12, 384
-
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     batch: int
     length: int
-    layers: int = LAYERS
-    dim: int = DIM
+    layers: int = 12
+    dim: int = 384
     dtype: str = "bfloat16"
 
     def __str__(self) -> str:
@@ -48,7 +46,7 @@ def build(case: Case) -> Work:
         vocab_size=VOCAB,
         hidden_size=case.dim,
         num_hidden_layers=case.layers,
-        num_attention_heads=case.dim // 16 if case.dim < DIM else 12,
+        num_attention_heads=case.dim // 32,
         intermediate_size=4 * case.dim,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

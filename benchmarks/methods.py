@@ -83,11 +83,12 @@ def read(root: Path) -> dict[str, dict[str, Cell]]:
                 if model != "teacher":  # it has a folder of its own, of recipe finetune
                     row = f"{method.name}, no teacher" if model == "baseline" else method.name
                     rows.setdefault(row, {})[task] = cell
-    for task, teacher in rows.get("teacher", {}).items():
-        for cells in (cells for name, cells in rows.items() if name != "teacher" and task in cells):
-            if not cells[task].retained:
-                retained = [100 * score / teacher.scores[0] for score in cells[task].scores]
-                cells[task] = replace(cells[task], retained=retained)
+    teacher = rows.get("teacher", {})
+    for name, cells in rows.items():
+        for task, cell in cells.items():
+            if name != "teacher" and not cell.retained and task in teacher:
+                retained = [100 * score / teacher[task].scores[0] for score in cell.scores]
+                cells[task] = replace(cell, retained=retained)
     return rows
 
 

@@ -4,10 +4,10 @@ A model of `transformers` looks its attention function up by name at every call.
 pass the name is that of `_tapped_sdpa`, which keeps what it is given and then does what SDPA does. So the
 model's code is not patched, and outside of that pass it is untouched.
 
-So a model that trains in bfloat16 on a CPU without dropout in attention gets SDPA in float32: in bfloat16
-torch's backward pass (`_scaled_dot_product_flash_attention_for_cpu_backward`, torch 2.13) is so slow at short
-lengths that it is a fifth of the whole pass (benchmarks/bench_train_no_dropout.py). With dropout SDPA takes
-another path.
+The same way a model that trains in bfloat16 on a CPU without dropout in attention gets SDPA in float32: in
+bfloat16 torch's backward pass (`_scaled_dot_product_flash_attention_for_cpu_backward`, torch 2.13) is so much
+slower at short lengths that it adds a quarter to the time of the whole pass
+(benchmarks/bench_train_no_dropout.py). With dropout SDPA takes another path.
 """
 
 from collections.abc import Collection, Iterator

@@ -84,14 +84,9 @@ def test_gradients_reach_the_student_through_the_taps(model, tiny_batch):
         assert model.bert.encoder.layer[1].attention.self.key.weight.grad is None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_without_dropout_a_model_that_trains_in_bfloat16_has_float32_attention_on_a_cpu(
-    family, build, tiny_batch, monkeypatch
-):
-    """In float32 SDPA's backward pass is faster there, and it rounds less: that is all that may differ."""
-    model = build(family).train()
-    set_dropout(model, 0.0)
-    ids, mask = tiny_batch(model)
+@pytest.fixture
+def sdpa_dtypes(monkeypatch):
+    """The dtypes of the queries that SDPA is called with, in order."""
     sdpa, dtypes = torch.nn.functional.scaled_dot_product_attention, []
 
     def spy(query, *arguments, **keywords):
@@ -99,13 +94,24 @@ def test_without_dropout_a_model_that_trains_in_bfloat16_has_float32_attention_o
         return sdpa(query, *arguments, **keywords)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    return dtypes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_dropout_a_model_that_trains_in_bfloat16_has_float32_attention_on_a_cpu(
+    family, build, tiny_batch, sdpa_dtypes
+):
+    """In float32 SDPA's backward pass is faster there, and it rounds less: that is all that may differ."""
+    model = build(family).train()
+    set_dropout(model, 0.0)
+    ids, mask = tiny_batch(model)
     exact = tap(model, inputs(ids, mask)).last_hidden
     with torch.autocast("cpu", torch.bfloat16):
         ours = tap(model, inputs(ids, mask)).last_hidden
         with torch.no_grad():
             plain = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
     layers = model.config.num_hidden_layers
-    assert dtypes == [torch.float32] * 2 * layers + [torch.bfloat16] * layers
+    assert sdpa_dtypes == [torch.float32] * 2 * layers + [torch.bfloat16] * layers
     assert model.config._attn_implementation == "sdpa"
     valid = mask.bool()
     ours_error, plain_error = ((x - exact)[valid].square().mean() for x in (ours, plain))
@@ -114,18 +120,11 @@ def test_without_dropout_a_model_that_trains_in_bfloat16_has_float32_attention_o
     assert model.get_input_embeddings().weight.grad.isfinite().all()
 
 
-def test_with_dropout_attention_stays_in_the_precision_of_the_pass(build, tiny_batch, monkeypatch):
+def test_with_dropout_attention_stays_in_the_precision_of_the_pass(build, tiny_batch, sdpa_dtypes):
     bert = build("bert").train()
-    sdpa, dtypes = torch.nn.functional.scaled_dot_product_attention, []
-
-    def spy(query, *arguments, **keywords):
-        dtypes.append(query.dtype)
-        return sdpa(query, *arguments, **keywords)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     with torch.autocast("cpu", torch.bfloat16):
         tap(bert, inputs(*tiny_batch(bert)))
-    assert set(dtypes) == {torch.bfloat16}
+    assert set(sdpa_dtypes) == {torch.bfloat16}
 
 
 def test_relation_states_have_the_heads_side_by_side(build, tiny_batch):
