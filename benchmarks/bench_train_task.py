@@ -12,8 +12,8 @@ raw attention scores, projected hidden states, embeddings; uniform mapping), wit
   layers. Where transformers returns probabilities TinyBERT's BERT returns raw scores, so for "tinybert" the
   attention function is an eager one that returns those. It is spared the unfused optimiser and the teacher's
   dropout. BERT-PKD's code reads the teacher's outputs from a file that an earlier pass over the data wrote,
-  so there the teacher runs once, not once an epoch; here it runs in the step, as in TinyBERT's and
-  fastdistil's.
+  so there the teacher runs once, not once an epoch, and so it does in fastdistil's runs of "kd" and "pkd";
+  here it runs in the step, which is an epoch that is the first.
 - Plain PyTorch: random batches padded to their longest text, SDPA, hidden states only where they are
   compared, and hooks on queries and keys for "tinybert".
 

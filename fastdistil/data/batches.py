@@ -14,7 +14,7 @@ left out of an epoch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -91,14 +91,16 @@ class TokenSource(Protocol):
 
 
 def to_device(batch: _T, device: torch.device | str) -> _T:
-    """The batch, a dataclass of tensors and other values, with its tensors on `device`."""
+    """The batch, a dataclass of tensors, such dataclasses and other values, with its tensors on `device`."""
     cuda = torch.device(device).type == "cuda"
-    moved = {}
+    moved: dict[str, Any] = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, Tensor):
             # Pinned memory lets the copy overlap the work that the device still has.
             moved[field.name] = value.pin_memory().to(device, non_blocking=True) if cuda else value.to(device)
+        elif is_dataclass(value):
+            moved[field.name] = to_device(value, device)
     return replace(batch, **moved)
 
 

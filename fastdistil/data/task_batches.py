@@ -18,12 +18,27 @@ from torch import Tensor
 
 from fastdistil.data.batches import require_same_data, to_device
 from fastdistil.data.noise import noise_bits, permutation
-from fastdistil.data.task_encoding import EncodedTask
+from fastdistil.data.task_encoding import EncodedTask, TeacherAnswers
 from fastdistil.errors import UserError
 
 _WINDOW = 50  # batches that are sorted together
 _MULTIPLE = 8  # lengths are rounded up to it: tensor cores want it, and fewer lengths mean fewer shapes
 _BATCH_ORDER = 16  # the stream of `noise_bits` that shuffles the batches
+
+
+@dataclass(frozen=True)
+class BatchAnswers:
+    """What a teacher says of a batch, known beforehand.
+
+    Attributes:
+        logits: (B, C) float32 of classes, options or one score.
+        first: (S, K, D) float32, the outputs of K layers at the first token of each sequence; None: of none.
+        layers: those K layers, from 0.
+    """
+
+    logits: Tensor
+    first: Tensor | None = None
+    layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,7 @@ class TaskBatch:
         labels: (B,) int64 class or option, -100 where unknown; (B,) float32 score, NaN where unknown;
             (B, 2) int64 first and last token of the answer.
         num_choices: C, 1 for the other tasks.
-        teacher_logits: (B, C) float32 of classes, options or one score; None: the teacher is to be asked.
+        answers: of the teacher; None: it is to be asked.
     """
 
     input_ids: Tensor
@@ -45,7 +60,7 @@ class TaskBatch:
     token_type_ids: Tensor
     labels: Tensor
     num_choices: int = 1
-    teacher_logits: Tensor | None = None
+    answers: BatchAnswers | None = None
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -168,10 +183,19 @@ def read_task_batch(data: EncodedTask, rows: np.ndarray) -> TaskBatch:
     ids = np.where(mask, data.input_ids[place], data.pad_id).astype(np.int64)
     types = np.where(mask, data.token_type_ids[place], 0).astype(np.int64)
     labels = torch.from_numpy(data.labels[rows])
-    known = None if data.teacher_logits is None else torch.from_numpy(data.teacher_logits[rows])
+    known = None if data.answers is None else _answers(data.answers, data, rows)
     return TaskBatch(
         torch.from_numpy(ids), torch.from_numpy(mask), torch.from_numpy(types), labels, choices, known
     )
+
+
+def _answers(answers: TeacherAnswers, data: EncodedTask, rows: np.ndarray) -> BatchAnswers:
+    known = torch.from_numpy(answers.rows[rows])
+    logits, first = known.tensor_split([data.task.num_labels], dim=1)
+    if not answers.layers:
+        return BatchAnswers(logits)
+    sequences, layers = len(rows) * data.num_choices, len(answers.layers)
+    return BatchAnswers(logits, first.reshape(sequences, layers, -1), answers.layers)
 
 
 def _padded(data: EncodedTask, length: int) -> int:

@@ -25,6 +25,20 @@ _CHUNK = 8192
 
 
 @dataclass(frozen=True)
+class TeacherAnswers:
+    """What a teacher says of N examples of S = N * C sequences, known beforehand.
+
+    Attributes:
+        rows: (N, num_labels + C * K * D) float32, a row an example: the logits of its classes, options or
+            one score, then of each of its sequences the outputs of K layers at the first token.
+        layers: those K layers, from 0.
+    """
+
+    rows: np.ndarray
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class EncodedTask:
     """N examples of a task as S = N * C sequences, C the number of options of a choice task, else 1.
 
@@ -41,7 +55,7 @@ class EncodedTask:
         max_length: the sequences have at most so many tokens.
         truncated: how many sequences had more; for spans, how many questions were cut.
         windows: of a span task.
-        teacher_logits: (N, C) float32, what a teacher says of them, where that is known beforehand.
+        answers: of a teacher, where they are known beforehand.
     """
 
     task: Task
@@ -53,7 +67,7 @@ class EncodedTask:
     max_length: int
     truncated: int
     windows: Windows | None = None
-    teacher_logits: np.ndarray | None = None
+    answers: TeacherAnswers | None = None
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -9,7 +9,7 @@ from fastdistil.evaluate.cost import (
 )
 from fastdistil.evaluate.masked_lm import MaskedLMScore, evaluate_masked_lm
 from fastdistil.evaluate.objectives import evaluate_objectives
-from fastdistil.evaluate.task import chance_score, check_teacher, evaluate_task, mean_score, predict_logits
+from fastdistil.evaluate.task import chance_score, check_teacher, evaluate_task, mean_score
 
 __all__ = [
     "Latency",
@@ -24,5 +24,4 @@ __all__ = [
     "mean_score",
     "measure_latency",
     "measure_peak_memory",
-    "predict_logits",
 ]

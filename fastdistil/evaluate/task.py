@@ -44,30 +44,13 @@ def evaluate_task(
         batches = _forward(model, data, dtype, max_tokens)
         if data.windows is not None:
             return _span_scores(data.windows.answers, _answer_texts(data, data.windows, batches))
-        logits = _collected(data, batches)
+        logits = np.empty((len(data), task.num_labels), np.float32)
+        for rows, batch_logits in batches:
+            logits[rows] = batch_logits.reshape(len(rows), -1).float().cpu().numpy()
     finally:
         model.train(training)
     answers = logits[:, 0] if task.kind == "regression" else logits.argmax(axis=1)
     return _scores(task, answers, data.labels)
-
-
-def predict_logits(
-    model: Any, data: EncodedTask, *, dtype: torch.dtype | None = None, max_tokens: int = 16384
-) -> np.ndarray:
-    """(N, C) float32, C classes, options or one score, of a task without spans; as `evaluate_task`."""
-    training = model.training
-    model.eval()
-    try:
-        return _collected(data, _forward(model, data, dtype, max_tokens))
-    finally:
-        model.train(training)
-
-
-def _collected(data: EncodedTask, batches: Iterator[tuple[np.ndarray, Tensor]]) -> np.ndarray:
-    logits = np.empty((len(data), data.task.num_labels), np.float32)
-    for rows, batch_logits in batches:
-        logits[rows] = batch_logits.reshape(len(rows), -1).float().cpu().numpy()
-    return logits
 
 
 def mean_score(task: Task, scores: dict[str, float]) -> float:

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,9 +138,11 @@ def _run(
     )
 
 
-def answered(logits: Tensor) -> Taps:
-    """Taps of a teacher whose logits (B, C) are known beforehand, and nothing else of it."""
-    return Taps(logits.new_empty(0), None, trainable=False, logits=logits)
+def answered(logits: Tensor, first: Tensor | None, layers: Sequence[int]) -> Taps:
+    """Taps of a teacher of whom only these are known, beforehand: logits (B, C), and the outputs of K layers
+    at the first token of each sequence (B, K, D), which become hidden states of length 1."""
+    hidden = {} if first is None else dict(zip(layers, first[:, :, None].unbind(1), strict=True))
+    return Taps(logits.new_empty(0), None, trainable=False, logits=logits, hidden=hidden)
 
 
 def accepted_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -202,9 +202,9 @@ def _optimizer(
 def _teacher_taps(phase: Phase, batch: Batch) -> Taps | None:
     if phase.teacher is None:
         return None
-    known = getattr(batch, "teacher_logits", None)
+    known = getattr(batch, "answers", None)
     if known is not None:
-        return answered(known)
+        return answered(known.logits, known.first, known.layers)
     wanted = Wanted.union(objective.teacher_taps for objective in phase.objectives)
     return tap_teacher(phase.teacher, batch.inputs, phase.teacher_dtype, wanted)
 

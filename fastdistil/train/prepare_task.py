@@ -1,11 +1,9 @@
 """From a configuration to the examples of its task: for training, augmented, and held out."""
 
 import math
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 
 from fastdistil.data.batches import BatchSource
@@ -13,13 +11,9 @@ from fastdistil.data.noise import permutation
 from fastdistil.data.task_batches import TaskBatches
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Examples, Task, read_examples
-from fastdistil.evaluate import predict_logits
-from fastdistil.models.taps import frozen_copy
 from fastdistil.train.augment import augmented
-from fastdistil.train.cache import cache_file, model_fingerprint, write_aside
 from fastdistil.train.config import RunConfig
 from fastdistil.train.logging import RunLog
-from fastdistil.train.phases import autocast_dtype
 from fastdistil.train.sections import AugmentConfig, LoopConfig, TaskConfig
 
 
@@ -46,22 +40,6 @@ class TaskExamples:
             seed=seed,
             device=accelerator.device,
         )
-
-    def answered_by(
-        self, teacher: Any, source: str, loop: LoopConfig, cache_dir: Path | None, log: RunLog
-    ) -> "TaskExamples":
-        """The examples with the teacher's logits, which are computed once and kept in the cache.
-
-        `source` is the folder or hub id of the teacher.
-        """
-        dtype = autocast_dtype(loop.teacher_precision)
-        identity = [model_fingerprint(source), str(dtype), self.data.sha256]
-        file = cache_file("teacher-logits", identity, ".npy", cache_dir)
-        if not file.exists():
-            log.say(f"asking the teacher about {len(self.data):,} examples, once for all epochs")
-            logits = predict_logits(frozen_copy(teacher, dtype), self.data, dtype=dtype)
-            write_aside(file, lambda partial: np.save(partial, logits))
-        return replace(self, data=replace(self.data, teacher_logits=np.load(file)))
 
 
 def count_steps(num_examples: int, loop: LoopConfig) -> int:

@@ -1,6 +1,7 @@
 """A run that ends with a model for a task: fine-tuning, and distillation in one stage or several."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from accelerate import Accelerator
 from fastdistil.data.tasks import Task, find_task
 from fastdistil.errors import UserError
 from fastdistil.evaluate import check_teacher, evaluate_objectives, evaluate_task
+from fastdistil.models.layers import layer_pairs
 from fastdistil.models.load import load_encoder, load_masked_lm, load_tokenizer, max_positions
 from fastdistil.models.student import check_same_tokenizer
 from fastdistil.models.task import load_task_model
 from fastdistil.objectives import Objective
+from fastdistil.train.answers import ask_once
 from fastdistil.train.build import make_objectives, try_objectives
 from fastdistil.train.config import RunConfig, uses_teacher, uses_vocabulary
 from fastdistil.train.logging import RunLog
 from fastdistil.train.objective_config import ObjectiveConfig, PredictionConfig
-from fastdistil.train.phases import Phases, phase_names
+from fastdistil.train.phases import Phases, autocast_dtype, phase_names
 from fastdistil.train.prepare import MaskedText, PreparedData, Texts
 from fastdistil.train.prepare_task import TaskData, TaskExamples
 from fastdistil.train.report import RunResult, finish
@@ -71,6 +74,7 @@ class TaskRun:
         student = self._first_student(kind)()
         tokenizer = load_tokenizer(source, masks=kind.reads == "text")
         self._check_lengths(student, source)
+        self.depth: int = getattr(student.config, "num_hidden_layers", 0)  # a BiLSTM has no such layers
         for stage in self.stages:
             if not any(uses_teacher(o) for o in stage.objectives):
                 continue
@@ -120,10 +124,7 @@ class TaskRun:
         if stage.reads == "task":
             examples, evaluate = self.data.training(stage.augment), self._while_training
             if teacher is not None and self._answers_suffice(stage, examples):
-                with self.accelerator.main_process_first():
-                    source = str(stage.teacher or self.config.teacher)
-                    cache = self.config.data.cache_dir
-                    examples = examples.answered_by(teacher, source, stage.run, cache, self.log)
+                examples = self._answered(stage, examples, teacher)
         else:
             text = self.text(stage.data)
             examples = MaskedText(text, stage.masking)
@@ -141,10 +142,30 @@ class TaskRun:
         )
 
     def _answers_suffice(self, stage: StageConfig, examples: TaskExamples) -> bool:
-        """Whether the teacher may be asked once for all epochs: logits are all that is compared."""
-        only_logits = all(objective.name == "prediction" for objective in stage.objectives)
+        """Whether the teacher may be asked once for all epochs: logits and outputs at the first token are
+        all that is compared."""
+        few = all(
+            objective.name == "prediction" or (objective.name == "hidden" and objective.tokens == "first")
+            for objective in stage.objectives
+        )
         every_example = examples.steps(stage.run) >= examples.steps_per_epoch(stage.run)
-        return only_logits and every_example and self.task.kind != "span"
+        return few and every_example and self.task.kind != "span"
+
+    def _answered(self, stage: StageConfig, examples: TaskExamples, teacher: Any) -> TaskExamples:
+        mappings = [objective.layers for objective in stage.objectives if objective.name == "hidden"]
+        depth = teacher.config.num_hidden_layers if mappings else 0
+        pairs = (pair for mapping in mappings for pair in layer_pairs(mapping, self.depth, depth))
+        with self.accelerator.main_process_first():
+            answers = ask_once(
+                teacher,
+                str(stage.teacher or self.config.teacher),
+                examples.data,
+                sorted({layer for _, layer in pairs}),
+                dtype=autocast_dtype(stage.run.teacher_precision),
+                cache_dir=self.config.data.cache_dir,
+                log=self.log,
+            )
+        return replace(examples, data=replace(examples.data, answers=answers))
 
     def _baseline(self, build: Callable[[], Any]) -> None:
         """The same student from the same weights, from the labels alone."""

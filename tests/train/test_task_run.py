@@ -21,7 +21,6 @@ from transformers import (
 )
 
 import fastdistil.train.loop
-import fastdistil.train.prepare_task
 import fastdistil.train.task_run
 from fastdistil.cli import main
 from fastdistil.errors import UserError
@@ -319,60 +318,6 @@ def test_the_teacher_teaches_in_eval_mode_what_it_says_without_dropout(on_task, 
         with torch.no_grad():
             torch.testing.assert_close(logits, teacher.eval()(**inputs).logits, rtol=1e-5, atol=1e-5)
     assert (Path(config.teacher) / "model.safetensors").read_bytes() == before
-
-
-def test_a_teacher_whose_logits_suffice_is_asked_once_for_all_epochs_and_runs(
-    on_task, monkeypatch, tmp_path, phases
-):
-    """And the student learns what it does from a teacher that is asked for each batch."""
-    asked = []
-    original = fastdistil.train.prepare_task.predict_logits
-
-    def spy(model: Any, data: Any, **keywords: Any) -> Any:
-        asked.append(len(data))
-        return original(model, data, **keywords)
-
-    monkeypatch.setattr(fastdistil.train.prepare_task, "predict_logits", spy)
-    cache = f"data.cache_dir={tmp_path / 'cache'}"
-    keys = (cache, "student.dropout=0", "optimizer.eps=0.01", "run.steps=8", "baseline=false")
-    with monkeypatch.context() as patch:
-        patch.setattr(fastdistil.train.loop, "tap_teacher", None)
-        once = run(on_task("kd", *keys, output=tmp_path / "once"))
-        teacher = AutoModelForSequenceClassification.from_pretrained(once.models[0].path).eval()
-        for batch in phases["student"]["batches"]:
-            with torch.no_grad():
-                expected = teacher(**batch.inputs).logits
-            torch.testing.assert_close(batch.teacher_logits, expected, rtol=1e-5, atol=1e-5)
-        assert asked == [45]
-        run(on_task("kd", *keys, "seed=1", output=tmp_path / "again"))
-        assert asked == [45]
-
-    monkeypatch.setattr(fastdistil.train.task_run.TaskRun, "_answers_suffice", lambda *arguments: False)
-    each = run(on_task("kd", *keys, output=tmp_path / "each"))
-    ours, theirs = (load_file(r.output / "student" / "model.safetensors") for r in (once, each))
-    for name, value in theirs.items():
-        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def test_the_answers_of_another_teacher_are_not_taken_for_this_ones(on_task, finetuned, tmp_path, phases):
-    keys = (f"data.cache_dir={tmp_path / 'cache'}", "baseline=false")
-    run(on_task("kd", *keys, output=tmp_path / "one"))
-    first = phases["student"]["batches"][0].teacher_logits
-    other = tmp_path / "other"
-    shutil.copytree(finetuned("sst2"), other)
-    model = AutoModelForSequenceClassification.from_pretrained(other)
-    with torch.no_grad():
-        model.classifier.weight.mul_(2)
-        model.classifier.bias.mul_(2)
-    model.save_pretrained(str(other))
-    run(on_task("kd", *keys, teacher=other, output=tmp_path / "two"))
-    second = phases["student"]["batches"][0].teacher_logits
-    torch.testing.assert_close(second, 2 * first)
-    # The first teacher again, in the folder of the second one.
-    shutil.rmtree(other)
-    shutil.copytree(finetuned("sst2"), other)
-    run(on_task("kd", *keys, teacher=other, output=tmp_path / "three"))
-    assert torch.equal(phases["student"]["batches"][0].teacher_logits, first)
 
 
 def other_tokenizer(source: Path, folder: Path) -> Path:

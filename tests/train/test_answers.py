@@ -1,0 +1,131 @@
+"""A teacher's answers, asked for once: they are what it says, and a student learns the same from them."""
+
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, BertForMultipleChoice
+
+import fastdistil.train.answers
+import fastdistil.train.loop
+import fastdistil.train.task_run
+from fastdistil.data.task_batches import read_task_batch
+from fastdistil.data.task_encoding import encode
+from fastdistil.data.tasks import Examples, find_task
+from fastdistil.train.answers import ask_once
+from fastdistil.train.run import run
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of examples of each time that a teacher is asked beforehand."""
+    numbers: list[int] = []
+    original = fastdistil.train.answers._ask
+
+    def spy(teacher: Any, data: Any, *arguments: Any) -> None:
+        numbers.append(len(data))
+        original(teacher, data, *arguments)
+
+    monkeypatch.setattr(fastdistil.train.answers, "_ask", spy)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layers"), [("kd", ()), ("pkd", (1,)), ("pkd:last", (2,))], ids=lambda value: str(value)
+)
+def test_a_teacher_is_asked_once_for_all_epochs_and_runs(
+    recipe, layers, on_task, asked, monkeypatch, tmp_path, phases
+):
+    """And the student learns what it does from a teacher that is asked for each batch."""
+    cache = f"data.cache_dir={tmp_path / 'cache'}"
+    keys = (cache, "student.dropout=0", "optimizer.eps=0.01", "run.steps=8", "baseline=false")
+    with monkeypatch.context() as patch:
+        patch.setattr(fastdistil.train.loop, "tap_teacher", None)
+        once = run(on_task(recipe, *keys, output=tmp_path / "once"))
+        teacher = AutoModelForSequenceClassification.from_pretrained(once.models[0].path).eval()
+        for batch in phases["student"]["batches"]:
+            with torch.no_grad():
+                expected = teacher(**batch.inputs, output_hidden_states=True)
+            answers = batch.answers
+            torch.testing.assert_close(answers.logits, expected.logits, rtol=1e-5, atol=1e-5)
+            assert answers.layers == layers
+            for place, layer in enumerate(layers):
+                first = expected.hidden_states[layer + 1][:, 0]
+                torch.testing.assert_close(answers.first[:, place], first, rtol=1e-5, atol=1e-5)
+        assert asked == [45]
+        run(on_task(recipe, *keys, "seed=1", output=tmp_path / "again"))
+        assert asked == [45]
+
+    monkeypatch.setattr(fastdistil.train.task_run.TaskRun, "_answers_suffice", lambda *arguments: False)
+    each = run(on_task(recipe, *keys, output=tmp_path / "each"))
+    ours, theirs = (load_file(r.output / "student" / "model.safetensors") for r in (once, each))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_hidden_states_of_all_tokens_are_asked_for_with_each_batch(on_task, asked, phases):
+    run(on_task("pkd", "objectives.1.tokens=all", "baseline=false"))
+    assert asked == []
+    assert all(batch.answers is None for batch in phases["student"]["batches"])
+
+
+def test_the_answers_of_another_teacher_are_not_taken_for_this_ones(on_task, finetuned, tmp_path, phases):
+    keys = (f"data.cache_dir={tmp_path / 'cache'}", "baseline=false")
+    run(on_task("kd", *keys, output=tmp_path / "one"))
+    first = phases["student"]["batches"][0].answers.logits
+    other = tmp_path / "other"
+    shutil.copytree(finetuned("sst2"), other)
+    model = AutoModelForSequenceClassification.from_pretrained(other)
+    with torch.no_grad():
+        model.classifier.weight.mul_(2)
+        model.classifier.bias.mul_(2)
+    model.save_pretrained(str(other))
+    run(on_task("kd", *keys, teacher=other, output=tmp_path / "two"))
+    second = phases["student"]["batches"][0].answers.logits
+    torch.testing.assert_close(second, 2 * first)
+    # The first teacher again, in the folder of the second one.
+    shutil.rmtree(other)
+    shutil.copytree(finetuned("sst2"), other)
+    run(on_task("kd", *keys, teacher=other, output=tmp_path / "three"))
+    assert torch.equal(phases["student"]["batches"][0].answers.logits, first)
+
+
+def test_the_options_of_a_choice_have_an_answer_each(make_tiny_bert, tmp_path):
+    config, tokenizer = make_tiny_bert(120, 0.2)
+    torch.manual_seed(0)
+    teacher = BertForMultipleChoice(config).eval()
+    task = find_task("dream")
+    texts = [(f"a b c{'d' * i}", f"e{'f' * i}", "g", "h i", "j") for i in range(5)]
+    data = encode(task, Examples(texts, np.arange(5) % 3), tokenizer, 32)
+    silent: Any = SimpleNamespace(say=lambda line: None)
+    answers = ask_once(teacher, "tiny", data, (0, 3), dtype=None, cache_dir=tmp_path, log=silent)
+    batch = read_task_batch(replace(data, answers=answers), np.array([4, 1]))
+    with torch.no_grad():
+        expected = teacher(**batch.inputs, output_hidden_states=True)
+    assert batch.answers is not None
+    assert batch.answers.first is not None
+    torch.testing.assert_close(batch.answers.logits, expected.logits, rtol=1e-5, atol=1e-5)
+    assert batch.answers.first.shape == (6, 2, 32)
+    for place, layer in enumerate((0, 3)):
+        torch.testing.assert_close(
+            batch.answers.first[:, place], expected.hidden_states[layer + 1][:, 0], rtol=1e-5, atol=1e-5
+        )
+
+
+def test_too_many_bytes_are_not_written(on_task, asked, monkeypatch, tmp_path, capsys, phases):
+    config = on_task("pkd", "baseline=false", f"data.cache_dir={tmp_path / 'cache'}")
+    capsys.readouterr()  # the teacher is fine-tuned here, unless an earlier test asked for it
+    monkeypatch.setattr(fastdistil.train.answers, "_MAX_BYTES", 4 * 45 * (2 + 32) - 1)
+    run(config)
+    assert "it is asked at every batch instead" in capsys.readouterr().err
+    assert asked == []
+    assert not (tmp_path / "cache" / "teacher-answers").exists()
+    assert all(batch.answers is None for batch in phases["student"]["batches"])
+    monkeypatch.setattr(fastdistil.train.answers, "_MAX_BYTES", 4 * 45 * (2 + 32))
+    run(on_task("pkd", "baseline=false", f"data.cache_dir={tmp_path / 'cache'}", output=tmp_path / "fits"))
+    assert asked == [45]
