@@ -13,7 +13,7 @@ raw attention scores, projected hidden states, embeddings; uniform mapping), wit
   attention function is an eager one that returns those. It is spared the unfused optimiser and the teacher's
   dropout. BERT-PKD's code reads the teacher's outputs from a file that an earlier pass over the data wrote,
   so there the teacher runs once, not once an epoch, and so it does in fastdistil's runs of "kd" and "pkd";
-  here it runs in the step, which is an epoch that is the first.
+  here it runs in the step, for all.
 - Plain PyTorch: random batches padded to their longest text, SDPA, hidden states only where they are
   compared, and hooks on queries and keys for "tinybert".
 

@@ -35,9 +35,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return numbers
 
 
-@pytest.mark.parametrize(
-    ("recipe", "layers"), [("kd", ()), ("pkd", (1,)), ("pkd:last", (2,))], ids=lambda value: str(value)
-)
+@pytest.mark.parametrize(("recipe", "layers"), [("kd", ()), ("pkd", (1,)), ("pkd:last", (2,))], ids=str)
 def test_a_teacher_is_asked_once_for_all_epochs_and_runs(
     recipe, layers, on_task, asked, monkeypatch, tmp_path, phases
 ):
