@@ -22,6 +22,14 @@ from fastdistil.errors import RunError, UserError
 from fastdistil.ops import implementations
 
 
+def test_nothing_is_said_of_what_torchao_cannot_load() -> None:
+    pytest.importorskip("torchao")
+    code = "from fastdistil.cli import main; main(['--version']); import torchao"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"fastdistil {fastdistil.__version__}\n"
+    assert done.stderr == ""
+
+
 def _fails_with(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> tuple[int, str]:
     """The exit code and the one line on stderr."""
     code = main(arguments)

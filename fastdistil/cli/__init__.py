@@ -4,6 +4,7 @@ Exit codes: 0 done; 1 a failure while running; 2 bad usage or bad input; 130 int
 Each command imports what it needs itself, so that `--help` and a mistyped option answer at once.
 """
 
+import logging
 import sys
 import traceback
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ CommandLineError: type[Exception] = typer.BadParameter.__mro__[2]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    _silence_torchao()
     invocation = Invocation(list(sys.argv[1:] if arguments is None else arguments))
     command = typer.main.get_command(app)
     try:
@@ -40,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         say(_one_line(error))
         return 2 if isinstance(error, UserError | CommandLineError) else 1
+
+
+def _silence_torchao() -> None:
+    """transformers imports torchao wherever it is installed, and torchao then warns of each of its GPU
+    libraries that does not load, and of its own use of torch."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _one_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+import fastdistil
 from fastdistil.errors import UserError
 
 app = typer.Typer(
@@ -16,6 +17,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make small encoder models out of big ones, and show what each way of shrinking costs.",
 )
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(f"fastdistil {fastdistil.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _of_no_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
 
 
 @dataclass
