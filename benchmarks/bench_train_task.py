@@ -11,11 +11,12 @@ raw attention scores, projected hidden states, embeddings; uniform mapping), wit
   all hidden states and attentions, which makes their attention eager, and losses over the lists of all
   layers. Where transformers returns probabilities TinyBERT's BERT returns raw scores, so for "tinybert" the
   attention function is an eager one that returns those. It is spared the unfused optimiser and the teacher's
-  dropout. BERT-PKD's code reads the teacher's outputs from a file that an earlier pass over the data wrote,
-  so there the teacher runs once, not once an epoch, and so it does in fastdistil's runs of "kd" and "pkd";
-  here it runs in the step, for all.
+  dropout. BERT-PKD's code reads the teacher's outputs from a file that an earlier pass over the data wrote;
+  here it runs in the step.
 - Plain PyTorch: random batches padded to their longest text, SDPA, hidden states only where they are
   compared, and hooks on queries and keys for "tinybert".
+- The epochs of fastdistil after the first, and all epochs of further runs: of "kd" and "pkd" the teacher's
+  answers are in the cache (fastdistil.train.answers), and no teacher runs.
 
 All start from the same weights. Without dropout their losses agree, which is asserted before anything is
 timed; only TinyBERT's code averages over padding too, so its step is compared on full sequences alone.
@@ -48,10 +49,10 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from fastdistil.data.batches import to_device
 from fastdistil.data.noise import permutation
 from fastdistil.data.task_batches import TaskBatch, TaskBatches, read_task_batch
-from fastdistil.data.task_encoding import EncodedTask
+from fastdistil.data.task_encoding import EncodedTask, TeacherAnswers
 from fastdistil.models.layers import layer_pairs
 from fastdistil.models.student import make_student
-from fastdistil.models.taps import Wanted, fast_dtype, frozen_copy, tap, tap_teacher
+from fastdistil.models.taps import Wanted, answered, fast_dtype, frozen_copy, tap, tap_teacher
 from fastdistil.objectives import (
     AttentionTransferObjective,
     EmbeddingsObjective,
@@ -62,6 +63,7 @@ from fastdistil.objectives import (
 from fastdistil.ops.matmul import native_bf16_products
 
 PLAIN = "plain PyTorch, SDPA, random batches"
+ANSWERED = "fastdistil, later epochs"
 TEACHER_LAYERS, STUDENT_LAYERS, HEADS = 12, 6, 12
 SKIP = layer_pairs("skip", STUDENT_LAYERS, TEACHER_LAYERS)
 UNIFORM = layer_pairs("uniform", STUDENT_LAYERS, TEACHER_LAYERS)
@@ -305,7 +307,10 @@ def our_way(
 
     def loss(batch: TaskBatch) -> Tensor:
         counts = {name: count for objective in objectives for name, count in objective.counts(batch).items()}
-        teacher_taps = tap_teacher(teacher, batch.inputs, teacher_dtype, teacher_wanted)
+        if (known := batch.answers) is not None:
+            teacher_taps = answered(known.logits, known.first, known.layers)
+        else:
+            teacher_taps = tap_teacher(teacher, batch.inputs, teacher_dtype, teacher_wanted)
         with autocast(dtype):
             taps = tap(student, batch.inputs, student_wanted)
             return torch.stack(
@@ -313,6 +318,23 @@ def our_way(
             ).sum()
 
     return Way(learner, loss, read, bfloat16=(dtype or teacher_dtype) is not None)
+
+
+def with_answers(
+    kind: str, teacher: Any, data: EncodedTask, parts: Sequence[np.ndarray], dtype: torch.dtype | None
+) -> EncodedTask:
+    """The same data with the teacher's answers to the examples of `parts`, as the cache has them."""
+    layers = tuple(layer for _, layer in SKIP) if kind == "pkd" else ()
+    labels, width = data.task.num_labels, teacher.config.hidden_size
+    answers = np.zeros((len(data), labels + len(layers) * width), np.float32)
+    teacher = frozen_copy(teacher, dtype)
+    wanted = Wanted(hidden=frozenset(layers), logits=True)
+    for rows in parts:
+        taps = tap_teacher(teacher, to_device(read_task_batch(data, rows), device()).inputs, dtype, wanted)
+        assert taps.logits is not None
+        first = [taps.hidden[layer][:, 0] for layer in layers]
+        answers[rows] = torch.cat([taps.logits, *first], dim=1).float().cpu().numpy()
+    return dataclasses.replace(data, answers=TeacherAnswers(answers, layers))
 
 
 @torch.no_grad()
@@ -327,6 +349,15 @@ def require_same_loss(ways: dict[str, Way], batch: TaskBatch) -> None:
     for name, value in values.items():
         slack = BFLOAT16_SLACK if ways[name].bfloat16 or ways[ours].bfloat16 else SLACK
         assert math.isclose(value, values[ours], rel_tol=slack), f"{name}: {value}, {ours}: {values[ours]}"
+
+
+@torch.no_grad()
+def require_known_answers(way: Way, batch: TaskBatch) -> None:
+    """That the answers in the batch give the loss that asking the teacher does."""
+    way.learner.eval()
+    known, asked = way.loss(batch).item(), way.loss(dataclasses.replace(batch, answers=None)).item()
+    way.learner.train()
+    assert math.isclose(known, asked, rel_tol=SLACK), f"answers known: {known}, asked: {asked}"
 
 
 def part_of_epoch(way: Way, steps: int) -> Variant:
@@ -363,7 +394,11 @@ def build(case: Case) -> Work:
     torch.manual_seed(SEED)
     dtype = torch.bfloat16 if case.precision == "bfloat16" else None
     data, text = read_texts(case.vocab, case.length)
-    grouped = TaskBatches(data, batch_size=case.batch, max_tokens=MAX_TOKENS, seed=SEED, device=device())
+
+    def batches_of(data: EncodedTask) -> TaskBatches:
+        return TaskBatches(data, batch_size=case.batch, max_tokens=MAX_TOKENS, seed=SEED, device=device())
+
+    grouped = batches_of(data)
     grouped_rows = [grouped.rows(step) for step in range(grouped.steps_per_epoch)]
     order = permutation(len(data), SEED, 0).numpy()
     random_rows = np.array_split(order, range(case.batch, len(order), case.batch))
@@ -379,9 +414,9 @@ def build(case: Case) -> Work:
     to_longest = [padded(rows, int(data.lengths[rows].max())) for rows in randoms]
     to_length = [padded(grouped_rows[step], case.length) for step in steps]
 
-    def read() -> Iterator[TaskBatch]:
+    def read(batches: TaskBatches) -> Iterator[TaskBatch]:
         for step in steps:
-            (batch,) = grouped.micro_batches(step)  # no step is above MAX_TOKENS
+            (batch,) = batches.micro_batches(step)  # no step is above MAX_TOKENS
             yield batch
 
     teacher, projection = make_teacher(case), nn.Linear(case.dim, case.dim).to(device())
@@ -390,8 +425,8 @@ def build(case: Case) -> Work:
         student = make_student(teacher, teacher_layers=range(STUDENT_LAYERS))
         return nn.ModuleList([student, copy.deepcopy(projection)]).train()
 
-    def ours(teacher_dtype: torch.dtype | None) -> Way:
-        return our_way(case.kind, teacher, learner(), read, dtype, teacher_dtype)
+    def ours(teacher_dtype: torch.dtype | None, batches: TaskBatches = grouped) -> Way:
+        return our_way(case.kind, teacher, learner(), lambda: read(batches), dtype, teacher_dtype)
 
     ways = {
         ORIGINAL: original_way(case.kind, teacher, learner(), to_length, dtype),
@@ -404,6 +439,11 @@ def build(case: Case) -> Work:
     require_same_loss(ways, full_batch(case))
     alike = {name: way for name, way in ways.items() if (case.kind, name) != ("tinybert", ORIGINAL)}
     require_same_loss(alike, padded(randoms[0][:4], case.length))
+    if case.kind != "tinybert":  # whose losses are of all tokens: too many answers to keep
+        parts = [grouped_rows[step] for step in steps]
+        known = batches_of(with_answers(case.kind, teacher, data, parts, fast_dtype(device())))
+        ways[ANSWERED] = ours(fast_dtype(device()), known)
+        require_known_answers(ways[OURS], next(read(known)))
 
     sample = np.concatenate([data.lengths[grouped_rows[step]] for step in steps])
     return Work(
