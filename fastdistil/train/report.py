@@ -1,6 +1,7 @@
 """The end of a run: one table, one picture, a model card."""
 
 import json
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -175,7 +176,12 @@ def _rows(results: Sequence[ModelResult]) -> list[list[str]]:
 def console_table(results: Sequence[ModelResult]) -> Table:
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     for column in _columns(results):
-        table.add_column(column, justify="left" if column == "model" else "right")
+        # Headings and names fold at their spaces, numbers do not: so the table fits 80 columns uncut.
+        heading = textwrap.fill(column, 10, break_long_words=False, break_on_hyphens=False)
+        if column == "model":
+            table.add_column(heading)
+        else:
+            table.add_column(heading, justify="right", no_wrap=True)
     for row in _rows(results):
         table.add_row(*row)
     return table
