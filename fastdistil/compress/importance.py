@@ -1,4 +1,4 @@
-"""How much the heads of a layer, or its FFN neurons, matter: what is least important is pruned.
+"""How much layers, the heads of a layer, or its FFN neurons matter: what is least important is pruned.
 
 - "magnitude": the L2 norm of the group's weights, over all matrices that hold some of them.
 - "taylor": how much the loss would change, to first order, without the group. With a gate g = 1 on its
@@ -6,6 +6,10 @@
   equation 2; for neurons Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning",
   section 3).
 - "activation": the mean of |activation| over the tokens, padding left out.
+
+A layer changes the states x that it is given to f(x), and without it they stay x. So its gate is that of its
+change, x + g (f(x) - x), and its activation is how far it turns them: the mean of 1 - cos(x, f(x)) over the
+tokens (Men et al. 2024, "ShortGPT", section 2.2, block influence).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +58,21 @@ def importances(
     if importance == "taylor":
         return _taylor(model, blocks, group, calibration)
     return _activation(model, blocks, group, calibration)
+
+
+def layer_importances(
+    model: Any, layers: Sequence[nn.Module], importance: Importance, calibration: Calibration | None
+) -> Tensor:
+    """The importance of each layer (N,), float64 on the CPU."""
+    if importance == "magnitude":
+        norms = [
+            torch.stack([p.detach().double().norm() for p in layer.parameters()]).norm() for layer in layers
+        ]
+        return torch.stack(norms).cpu()
+    assert calibration is not None
+    if importance == "taylor":
+        return _layer_taylor(model, layers, calibration)
+    return _layer_turns(model, layers, calibration)
 
 
 def comparable(scores: Sequence[Tensor], importance: Importance) -> list[Tensor]:
@@ -129,6 +148,62 @@ def _activation(model: Any, blocks: Sequence[Block], group: Group, calibration: 
             calibration.loss(model, batch)
             tokens += int(mask.sum())
     return [total / tokens for total in totals]
+
+
+def _layer_taylor(model: Any, layers: Sequence[nn.Module], calibration: Calibration) -> Tensor:
+    gates: list[Tensor] = []
+
+    def gate(index: int, before: Tensor, after: Tensor) -> Tensor:  # states (B, L, D)
+        gates.append(after.new_ones(len(after), 1, 1, requires_grad=True))
+        return before + gates[-1] * (after - before)
+
+    total, examples = torch.zeros(len(layers), dtype=torch.float64), 0
+    with _changed(layers, gate), torch.enable_grad():
+        for batch in calibration.batches:
+            gates.clear()
+            found = torch.autograd.grad(calibration.loss(model, batch), gates)
+            rows = len(batch.input_ids)
+            total += rows * torch.stack([gradient.double().abs().sum() for gradient in found]).cpu()
+            examples += rows
+    return total / examples
+
+
+def _layer_turns(model: Any, layers: Sequence[nn.Module], calibration: Calibration) -> Tensor:
+    total = torch.zeros(len(layers), dtype=torch.float64)
+    mask = torch.empty(0)
+
+    def add(index: int, before: Tensor, after: Tensor) -> Tensor:  # states (B, L, D)
+        turned = 1 - nn.functional.cosine_similarity(before.double(), after.double(), dim=-1)
+        total[index] += (turned * mask).sum().cpu()
+        return after
+
+    tokens = 0
+    with _changed(layers, add), torch.no_grad():
+        for batch in calibration.batches:
+            mask = batch.attention_mask.double().flatten(0, -2)
+            calibration.loss(model, batch)
+            tokens += int(mask.sum())
+    return total / tokens
+
+
+@contextmanager
+def _changed(layers: Sequence[nn.Module], change: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """With what each layer returns passed through `change`, beside the states that it was given."""
+
+    def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        def changed(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            if isinstance(output, Tensor):
+                return change(index, inputs[0], output)
+            return change(index, inputs[0], output[0]), *output[1:]
+
+        return changed
+
+    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _count(block: Block, group: Group) -> int:

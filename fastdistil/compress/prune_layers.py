@@ -7,13 +7,14 @@ import torch
 from pydantic import Field
 
 from fastdistil.compress.blocks import find_blocks, stack_path
+from fastdistil.compress.importance import Importance, layer_importances, top
 from fastdistil.compress.method import Calibration, Method
 from fastdistil.compress.replacements import replacements, set_replacements
 from fastdistil.errors import UserError
 from fastdistil.models.student import spread_layers
 from fastdistil.schema import Section
 
-By = Literal["spread", "top", "bottom", "importance"]
+By = Literal["spread", "top", "bottom", "importance", "magnitude", "taylor", "activation"]
 
 
 class PruneLayersOptions(Section):
@@ -24,21 +25,23 @@ class PruneLayersOptions(Section):
     by: By = Field(
         default="spread",
         description="which layers go: those between evenly spread ones ('spread'), the last ('top'), the "
-        "first ('bottom'), or one after another the one without which the loss is lowest ('importance', "
-        "many passes over the examples)",
+        "first ('bottom'), one after another the one without which the loss is lowest ('importance', many "
+        "passes over the examples), or the least by the norm of their weights ('magnitude'), by the change "
+        "of the loss to first order ('taylor') or by how little they turn the states ('activation')",
     )
 
 
 def prune_layers(model: Any, options: PruneLayersOptions, calibration: Calibration | None) -> Any:
     """The model with fewer layers, in the order in which they were; its config says how many.
 
-    "importance" takes one pass over the examples for each layer that is left, for each layer that goes. The
-    other choices are those of Sajjad et al. 2023, "On the Effect of Dropping Layers of Pre-trained
-    Transformer Models", section 3.
+    "importance" takes one pass over the examples for each layer that is left, for each layer that goes;
+    "magnitude", "taylor" and "activation" are those of `importance.layer_importances`. The other choices are
+    those of Sajjad et al. 2023, "On the Effect of Dropping Layers of Pre-trained Transformer Models",
+    section 3.
 
     Raises:
-        UserError: more layers than there are, `num_layers` beside `ratio`, "importance" without examples, a
-            family that is not supported, layers that share weights.
+        UserError: more layers than there are, `num_layers` beside `ratio`, a choice by examples without any,
+            a family that is not supported, layers that share weights.
     """
     depth = len(find_blocks(model))
     count = _count(options, depth)
@@ -54,12 +57,11 @@ def prune_layers(model: Any, options: PruneLayersOptions, calibration: Calibrati
             if first_stays:
                 kept[0] = 0
         case "importance":
-            if calibration is None:
-                raise UserError(
-                    "prune-layers: importance is measured on training examples: name a task, "
-                    "or set by to 'spread'"
-                )
-            kept = _greedy(model, count, calibration, first_stays)
+            kept = _greedy(model, count, _needed(calibration, options.by), first_stays)
+        case "magnitude":
+            kept = _most_important(model, count, options.by, None, first_stays)
+        case "taylor" | "activation":
+            kept = _most_important(model, count, options.by, _needed(calibration, options.by), first_stays)
     keep_layers(model, kept)
     return model
 
@@ -126,6 +128,23 @@ def _greedy(model: Any, count: int, calibration: Calibration, first_stays: bool)
         left.remove(min(losses, key=losses.__getitem__))
     _put_layers(model, layers)
     return left
+
+
+def _most_important(
+    model: Any, count: int, importance: Importance, calibration: Calibration | None, first_stays: bool
+) -> list[int]:
+    scores = layer_importances(model, _layers(model), importance, calibration)
+    if first_stays:
+        scores[0] = torch.inf
+    return [int(layer) for layer in top(scores, count)]
+
+
+def _needed(calibration: Calibration | None, by: By) -> Calibration:
+    if calibration is None:
+        raise UserError(
+            f"prune-layers: {by} is measured on training examples: name a task, or set by to 'spread'"
+        )
+    return calibration
 
 
 @torch.no_grad()

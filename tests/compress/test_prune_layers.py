@@ -1,4 +1,6 @@
 import json
+from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -7,6 +9,7 @@ import transformers
 from pydantic import ValidationError
 
 from fastdistil.compress.blocks import find_blocks
+from fastdistil.compress.importance import layer_importances
 from fastdistil.compress.method import Calibration
 from fastdistil.compress.prune_heads import PruneHeadsOptions, prune_heads
 from fastdistil.compress.prune_layers import PruneLayersOptions, keep_layers, prune_layers
@@ -92,6 +95,75 @@ def test_importance_drops_the_layers_whose_loss_is_lowest_one_after_another(
     assert _kept(model, build(family, **_depth(family, 4))) == sorted({0, 1, 2, 3} - {first, second})
 
 
+def _shrink(model: Any, layer: int) -> None:
+    """Scales down what this layer adds to the states; its own norms make the rest of it no smaller."""
+    block = find_blocks(model)[layer]
+    with torch.no_grad():
+        for parameter in block.module.parameters():
+            parameter.mul_(1e-3)
+
+
+@pytest.mark.parametrize("by", ["magnitude", "taylor", "activation"])
+def test_the_least_important_layers_go(build: Any, calibration: Calibration, by: Any) -> None:
+    """ModernBERT adds to its states without a norm after it: a layer of tiny weights changes nothing."""
+    whole, model = (build("modernbert", num_hidden_layers=4) for _ in range(2))
+    for each in (whole, model):
+        _shrink(each, 2)
+    prune_layers(model, PruneLayersOptions(num_layers=3, by=by), calibration)
+    assert _kept(model, whole) == [0, 1, 3]
+    assert not any(block.module._forward_hooks for block in find_blocks(model))
+
+
+def test_taylor_is_the_change_of_the_loss_to_first_order(build: Any, calibration: Calibration) -> None:
+    """Against finite differences of a gate on a layer's change of the states, an example at a time."""
+    model = build(num_hidden_layers=2).double()
+    layers = [block.module for block in find_blocks(model)]
+
+    def loss(batch: Any, layer: int, gate: float) -> float:
+        handle = layers[layer].register_forward_hook(
+            lambda module, args, output: args[0] + gate * (output - args[0])
+        )
+        with torch.no_grad():
+            value = float(calibration.loss(model, batch))
+        handle.remove()
+        return value
+
+    expected, step = torch.zeros(2, dtype=torch.float64), 1e-4
+    batch = calibration.batches[0]
+    rows = len(batch.input_ids)
+    singles = [
+        replace(
+            batch, **{f.name: getattr(batch, f.name)[i : i + 1] for f in fields(batch) if _tensor(batch, f)}
+        )
+        for i in range(rows)
+    ]
+    for single in singles:
+        for layer in range(2):
+            change = (loss(single, layer, 1 + step) - loss(single, layer, 1 - step)) / (2 * step)
+            expected[layer] += abs(change) / rows
+    found = layer_importances(model, layers, "taylor", replace(calibration, batches=[batch]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-9)
+
+
+def _tensor(batch: Any, field: Any) -> bool:
+    return isinstance(getattr(batch, field.name), torch.Tensor)
+
+
+def test_activation_leaves_padding_out(build: Any, calibration: Calibration) -> None:
+    model = build(num_hidden_layers=2)
+    layers = [block.module for block in find_blocks(model)]
+    batch = calibration.batches[0]
+    with torch.no_grad():
+        states = model(**batch.inputs, output_hidden_states=True).hidden_states
+    mask = batch.attention_mask.bool()
+    expected = [
+        1 - torch.nn.functional.cosine_similarity(a[mask].double(), b[mask].double(), dim=-1).mean()
+        for a, b in pairwise(states)
+    ]
+    found = layer_importances(model, layers, "activation", replace(calibration, batches=[batch]))
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(("ratio", "left"), [(0.0, 6), (0.3, 4), (0.99, 1), (None, 3)])
 def test_ratio_is_the_part_that_goes(build: Any, ratio: float | None, left: int) -> None:
     model = prune_layers(build(num_hidden_layers=_SIX), PruneLayersOptions(ratio=ratio), None)
@@ -104,6 +176,7 @@ def test_ratio_is_the_part_that_goes(build: Any, ratio: float | None, left: int)
         ({"num_layers": 3}, "num_layers is 3, but the model has only 2"),
         ({"num_layers": 1, "ratio": 0.5}, "either num_layers or ratio"),
         ({"by": "importance"}, "importance is measured on training examples"),
+        ({"by": "taylor"}, "taylor is measured on training examples"),
     ],
 )
 def test_bad_options_are_a_user_error(tiny_bert: Any, options: dict[str, Any], message: str) -> None:
