@@ -1,6 +1,5 @@
 """`compress`, `compare` and `export`: a smaller model, all ways to one side by side, and other runtimes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,7 @@ from fastdistil.cli.app import (
     print_rows,
     refuse,
 )
-from fastdistil.errors import UserError
+from fastdistil.errors import RunError, UserError
 
 ChainOverrides = Annotated[
     list[str] | None,
@@ -52,6 +51,7 @@ def compress(
     candidates: Annotated[
         int | None, typer.Option(help="With a target: how many chains are trained; default 3.", min=1)
     ] = None,
+    allow_weak_teacher: AllowWeakTeacher = False,
     overrides: ChainOverrides = None,
     debug: Debug = False,
 ) -> None:
@@ -64,6 +64,8 @@ def compress(
         raise UserError("give --method NAME, or a target: --target-speedup, --target-size")
     if not searches:
         refuse("--target-speedup or --target-size", {"--candidates": candidates})
+    if task is None:
+        refuse("--task", {"--data": data, "--allow-weak-teacher": allow_weak_teacher or None})
     from fastdistil.compare.search import compress_for_target
     from fastdistil.compare.single import compress_model
 
@@ -81,11 +83,19 @@ def compress(
                 candidates=candidates or 3,
                 overrides=overrides or (),
                 seed=seed,
+                allow_weak_teacher=allow_weak_teacher,
             )
         else:
             assert method is not None
             result = compress_model(
-                model, method, output, task=task, data=data, overrides=overrides or (), seed=seed
+                model,
+                method,
+                output,
+                task=task,
+                data=data,
+                overrides=overrides or (),
+                seed=seed,
+                allow_weak_teacher=allow_weak_teacher,
             )
     print_rows(result.rows())
 
@@ -118,10 +128,15 @@ def compare(
     names = None if methods is None else [name.strip() for name in methods.split(",") if name.strip()]
     with going_on(ctx, "the same command goes on where it stopped"):
         if teacher == "quickstart":
-            refuse("another teacher than quickstart", {"--task": task, "--data": data})
+            weak = allow_weak_teacher or None
+            refuse(
+                "another teacher than quickstart",
+                {"--task": task, "--data": data, "--allow-weak-teacher": weak},
+            )
             from fastdistil.compare.quickstart import compare_quickstart
 
-            compare_quickstart(output or Path("runs/compare-quickstart"), names, overrides or (), seeds=seeds)
+            folder = output or Path("runs/compare-quickstart")
+            _require_any(compare_quickstart(folder, names, overrides or (), seeds=seeds))
             return
         if task is None:
             raise UserError("compare needs --task NAME (sst2, mrpc, ...), or the teacher `quickstart`")
@@ -139,7 +154,14 @@ def compare(
             allow_weak_teacher=allow_weak_teacher,
             overrides=overrides or [],
         )
-        run_comparison(config)
+        _require_any(run_comparison(config))
+
+
+def _require_any(comparison: Any) -> None:
+    """A `RunError` where every method failed; what was written says it of each."""
+    methods = comparison.rows[1:]
+    if all(row.error is not None for row in methods):
+        raise RunError(f"no method could be made: {methods[0].method}: {methods[0].error}")
 
 
 @app.command()
@@ -152,16 +174,31 @@ def export(
     opset: Annotated[int | None, typer.Option(help="Of ONNX; default torch's.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a model for another runtime, verified against PyTorch; with --task on its texts, too."""
-    if task is None:
-        refuse("--task", {"--data": data})
+    """Write a model for another runtime, verified against PyTorch; with --task on its texts, and scored."""
     from fastdistil.export.model import export_model
 
-    examples: Sequence[Any] = ()
-    if task is not None:
-        from fastdistil.compare.chain import ChainContext
-        from fastdistil.data.tasks import find_task
+    if task is None:
+        refuse("--task", {"--data": data})
+        print_rows(export_model(model, format, output, opset=opset).rows())
+        return
+    from fastdistil.compare.chain import ChainContext
+    from fastdistil.compress.store import load
+    from fastdistil.data.task_encoding import encode
+    from fastdistil.data.tasks import find_task, read_examples
+    from fastdistil.evaluate import evaluate_task
+    from fastdistil.models.load import max_positions
 
-        context = ChainContext(teacher=model, task=find_task(task), data=data, output=output)
-        examples = context.calibration().batches
-    print_rows(export_model(model, format, output, opset=opset, examples=examples).rows())
+    found = find_task(task)
+    length = min(found.usual_length, max_positions(load(model)))
+    context = ChainContext(teacher=model, task=found, data=data, output=output, max_length=length)
+    held_out = encode(found, read_examples(found, data, "validation"), context.tokenizer, length)
+    result = export_model(
+        model,
+        format,
+        output,
+        opset=opset,
+        max_length=length,
+        examples=context.calibration().batches,
+        score=lambda model: evaluate_task(model, found, held_out),
+    )
+    print_rows(result.rows())

@@ -32,7 +32,7 @@ from fastdistil.data.task_batches import read_task_batch, within_budget
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Task, read_examples
 from fastdistil.errors import UserError
-from fastdistil.export.folder import read_exported
+from fastdistil.export.folder import Exported, read_exported
 from fastdistil.models.taps import accepted_inputs, task_logits
 from fastdistil.models.task import load_task_model
 from fastdistil.objectives.prediction import task_loss
@@ -90,7 +90,7 @@ class Record:
     """How a step's model was made."""
 
     chain: str
-    seconds: float  # of the whole chain up to here
+    seconds: float  # of the whole chain up to here; of a step that was interrupted, of its last attempt
     notes: list[str]  # of the steps, such as what a measurement decided
 
 
@@ -116,6 +116,16 @@ def run_chain(chain: Chain, context: ChainContext, seed: int = 0, *, train: bool
             write_json(folder / RECORD, record)
         source = str(folder / "model")
     return Path(source)
+
+
+def check_chain(chain: Chain, context: ChainContext) -> None:
+    """Raise `UserError` for a wrong key or value of a training that the chain takes, before any is made."""
+    for count, step in enumerate(chain.steps, start=1):
+        folder = step_folder(chain.prefix(count), context, 0)
+        if step.is_recipe:
+            _recipe_config(step, context.teacher, folder, context, 0, first=count == 1)
+        elif step.recover is not None:
+            _recovery_config(step, folder, context, 0)
 
 
 def chain_record(chain: Chain, context: ChainContext, seed: int = 0) -> Record:
@@ -174,7 +184,7 @@ def _make(
 def _distil(
     step: Step, source: str, folder: Path, context: ChainContext, seed: int, *, train: bool, first: bool
 ) -> None:
-    _refuse_runtime(source, step)
+    refuse_runtime(step, source, read_exported(source))
     config = _recipe_config(step, source, folder, context, seed, first=first)
     if train:
         _train(config, folder)
@@ -227,7 +237,7 @@ def _compress(
     step: Step, source: str, folder: Path, context: ChainContext, seed: int, *, train: bool
 ) -> list[str]:
     method = step.method
-    _refuse_runtime(source, step)
+    refuse_runtime(step, source, read_exported(source))
     config = None
     if train and step.recover is not None:
         config = _recovery_config(step, folder, context, seed)
@@ -287,6 +297,10 @@ def _train(config: RunConfig, folder: Path) -> Path:
     return folder / "model"
 
 
-def _refuse_runtime(source: str, step: Step) -> None:
-    if read_exported(source) is not None:
-        raise UserError(f"{step}: the step before it made a model for another runtime; it must be the last")
+def refuse_runtime(step: Step, source: str | Path, exported: Exported | None) -> None:
+    """Raise `UserError` where the step would start from an exported model."""
+    if exported is not None:
+        raise UserError(
+            f"{step}: {source} is a model for {exported.runtime} already, which can only run; a step that "
+            "makes one must be the last"
+        )

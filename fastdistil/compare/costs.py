@@ -45,8 +45,9 @@ class Measured:
     notes: list[str]
 
     def covers(self, key: Mapping[str, Any], models: Mapping[str, Any]) -> bool:
-        """Whether all `models` are among those measured, in the same way."""
-        return self.key == key and all(self.models.get(name) == known for name, known in models.items())
+        """Whether all `models` are among those measured, in the same way. What failed is tried again."""
+        same = all(self.models.get(name) == known for name, known in models.items())
+        return self.key == key and same and not self.failures.keys() & models.keys()
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,14 @@ import torch
 from pydantic import Field
 from transformers.utils.logging import disable_progress_bar
 
-from fastdistil.compare.chain import ChainContext, chain_record, run_chain
+from fastdistil.compare.chain import ChainContext, chain_record, check_chain, run_chain
 from fastdistil.compare.costs import Measured, Setting, measure_costs
 from fastdistil.compare.machine import describe_machine
 from fastdistil.compare.pieces import Piece, Pieces, fingerprint, slug, weights_sha256
 from fastdistil.compare.progress import CompareLog
 from fastdistil.compare.results import Comparison, Row, write_comparison
 from fastdistil.compare.single import compress_command
-from fastdistil.compare.steps import Chain, parse_chain, parse_chains
+from fastdistil.compare.steps import Chain, parse_chains
 from fastdistil.compress.store import load
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Examples, Task, find_task, read_examples
@@ -71,8 +71,8 @@ def compare(config: CompareConfig, log: CompareLog | None = None) -> Comparison:
     again the next time.
 
     Raises:
-        UserError: an unknown method or option; a folder that holds another comparison; a teacher that cannot
-            be read or is no better than chance; anything wrong with the task.
+        UserError: an unknown method, option or key of a training; a folder that holds another comparison; a
+            teacher that cannot be read or is no better than chance; anything wrong with the task.
         KeyboardInterrupt: after Ctrl-C; what is finished is kept, and the same call goes on.
     """
     disable_progress_bar()
@@ -89,7 +89,7 @@ class _Run:
         self.texts = dict(zip((chain.name for chain in self.chains), config.methods, strict=True))
         # What is known of a method's row beforehand.
         self.rows = {
-            chain.name: Row(chain.name, chain.kind, self._command(chain.name), description=chain.description)
+            chain.name: Row(chain.name, chain.kind, self._command(chain), description=chain.description)
             for chain in self.chains
         }
         self.seeds = {chain.name: range(config.seeds if chain.trains else 1) for chain in self.chains}
@@ -100,7 +100,8 @@ class _Run:
 
     def whole(self) -> Comparison:
         self._open()
-        for chain in self.chains:  # before anything is made: what was made otherwise is told at once
+        for chain in self.chains:  # before anything is made: what is wrong, or was made otherwise
+            check_chain(chain, self.context)
             self._find(chain)
         self._score_teacher()
         self._write()
@@ -212,7 +213,7 @@ class _Run:
         write_card(
             folder,
             title=f"{Path(self.config.teacher).name}, {chain.name}",
-            command=self._command(chain.name, seed),
+            command=self._command(chain, seed),
             made_of=self.config.teacher,
             steps=chain.descriptions,
             facts=[
@@ -323,12 +324,18 @@ class _Run:
             joules=cost.joules,
         )
 
-    def _command(self, name: str, seed: int = 0) -> str:
-        """What makes the model of the chain called `name`."""
-        config, text = self.config, self.texts[name]
-        keys = [override for override in config.overrides if _takes(text, override)]
+    def _command(self, chain: Chain, seed: int = 0) -> str:
+        """What makes the chain's model."""
+        config = self.config
         return compress_command(
-            config.teacher, {"--method": text}, self.task.name, config.data, keys, seed, slug(name)
+            config.teacher,
+            {"--method": self.texts[chain.name]},
+            self.task.name,
+            config.data,
+            chain.overrides,
+            seed,
+            slug(chain.name),
+            allow_weak_teacher=config.allow_weak_teacher,
         )
 
     def _on_task(self) -> list[str]:
@@ -340,12 +347,3 @@ def _identity(chain: Chain) -> dict[str, Any]:
     """JSON-able, as it is when it is read again."""
     plain: dict[str, Any] = json.loads(json.dumps({"steps": [step.identity() for step in chain.steps]}))
     return plain
-
-
-def _takes(text: str, override: str) -> bool:
-    """Whether a step of the chain has this key."""
-    try:
-        parse_chain(text, [override])
-    except UserError:
-        return False
-    return True

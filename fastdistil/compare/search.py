@@ -6,6 +6,7 @@ are trained, the mildest first, and scored on examples held out of the training 
 scored on the validation split, which nothing was chosen by.
 
 output/
+  compress.json   what is compressed: the folder is ours
   search.json     sizes, speeds and scores of the chains, as far as they are known
   models/         the trained models (see chain)
   model/          the best one
@@ -21,11 +22,11 @@ from typing import Any
 
 import torch
 
-from fastdistil.compare.chain import ChainContext, chain_record, run_chain
+from fastdistil.compare.chain import ChainContext, chain_record, check_chain, run_chain
 from fastdistil.compare.files import check_output, write_json
 from fastdistil.compare.machine import describe_machine, processor_name
 from fastdistil.compare.measure import float_reference, measure
-from fastdistil.compare.single import CompressResult, compress_command, finish_single
+from fastdistil.compare.single import CompressResult, begin, compress_command, finish_single, is_ours
 from fastdistil.compare.steps import Chain, parse_chains
 from fastdistil.compress.store import load
 from fastdistil.data.task_encoding import encode
@@ -121,10 +122,12 @@ def candidate_chains(num_layers: int, hidden_size: int) -> list[str]:
     chains = [
         "bf16",
         "onnx-int8",
+        "onnx-int8:4",
         "prune-ffn:0.5+onnx-int8",
         f"{layers(2 / 3)}+onnx-int8",
         f"{halves}+onnx-int8",
         f"{half}+onnx-int8",
+        f"{half}+onnx-int8:4",
         f"{half}+{embeddings}+onnx-int8",
         f"{half}+prune-ffn:0.5+onnx-int8",
         f"{third}+onnx-int8",
@@ -137,6 +140,7 @@ def candidate_chains(num_layers: int, hidden_size: int) -> list[str]:
         f"{sixth}+prune-ffn:0.5+onnx-int8",
         f"{sixth}+{three_quarters}+onnx-int8",
         f"prune-layers:1+{three_quarters}+onnx-int8",
+        f"prune-layers:1+{three_quarters}+onnx-int8:4",
     ]
     # A shallow model has the same depth for several shares; what keeps all layers is no pruning.
     return [chain for chain in dict.fromkeys(chains) if f"prune-layers:{num_layers}" not in chain.split("+")]
@@ -153,6 +157,7 @@ def compress_for_target(
     candidates: int = 3,
     overrides: Sequence[str] = (),
     seed: int = 0,
+    allow_weak_teacher: bool = False,
     say: Callable[[str], None] = print,
 ) -> CompressResult:
     """The best of `candidates` trained chains that make `source` as fast and as small as wanted.
@@ -170,7 +175,7 @@ def compress_for_target(
         RunError: no chain could be made.
     """
     target = Target(target_speedup, None if target_size is None else parse_size(target_size))
-    search = _Search(source, task, data, output, overrides, seed, say)
+    search = _Search(source, task, data, output, overrides, seed, say, allow_weak_teacher)
     chosen = search.train(search.meeting(target), candidates)
     found = search.state.measured[chosen.name]
     notes = [f"chosen for {target} among {len(search.state.measured)} chains: {found} before training"]
@@ -181,7 +186,9 @@ def compress_for_target(
     made = run_chain(chosen, search.context, seed)
     notes += chain_record(chosen, search.context, seed).notes
     wanted = {"--target-speedup": target_speedup, "--target-size": target_size, "--candidates": candidates}
-    command = compress_command(source, wanted, task, data, overrides, seed, output)
+    command = compress_command(
+        source, wanted, task, data, overrides, seed, output, allow_weak_teacher=allow_weak_teacher
+    )
     return finish_single(source, made, chosen, output, search.task, data, notes, command)
 
 
@@ -195,11 +202,12 @@ class _Search:
         overrides: Sequence[str],
         seed: int,
         say: Callable[[str], None],
+        allow_weak_teacher: bool,
     ) -> None:
         self.source, self.output, self.seed, self.say = source, output, seed, say
         self.task, self.data = find_task(task), data
         self.score_name = " and ".join(self.task.metrics)
-        check_output(output, "search", ours=(output / STATE).exists() or (output / "models").is_dir())
+        check_output(output, "search", ours=is_ours(output))
         self.folder = model_folder(source)
         model, _ = load_task_model(source, self.task, new_head=False)
         positions = max_positions(model)
@@ -213,8 +221,12 @@ class _Search:
             output=output,
             max_length=self.max_length,
             validation_fraction=_HELD_OUT,
+            allow_weak_teacher=allow_weak_teacher,
             say=say,
         )
+        for chain in self.chains.values():
+            check_chain(chain, self.context)
+        begin(output, source)
         self.held_out = self._held_out_examples()
         self.state = self._read()
 
@@ -231,8 +243,8 @@ class _Search:
             return met
         nearest = max(measured, key=lambda name: target.share(measured[name]))
         raise UserError(
-            f"no chain makes {self.source} {target} on this machine; the nearest is {nearest}: "
-            f"{measured[nearest]} (all are in {self.output / STATE})"
+            f"none of {len(measured)} chains makes {self.source} {target} on this machine; the nearest is "
+            f"{nearest}: {measured[nearest]} (all are in {self.output / STATE})"
         )
 
     def train(self, chains: Sequence[Chain], candidates: int) -> Chain:

@@ -1,6 +1,7 @@
 """One compressed model, beside the one that it was made of.
 
 output/
+  compress.json  what is compressed: the folder is ours
   model/       the result, with its model card
   models/      what leads to it (see chain)
   result.json  what is shown
@@ -15,19 +16,22 @@ from typing import Any
 
 import torch
 
-from fastdistil.compare.chain import ChainContext, chain_record, run_chain
+from fastdistil.compare.chain import ChainContext, chain_record, check_chain, refuse_runtime, run_chain
 from fastdistil.compare.files import check_output, write_json
 from fastdistil.compare.measure import float_reference, measure
 from fastdistil.compare.steps import Chain, parse_chain
-from fastdistil.compress.store import load
+from fastdistil.compress.store import is_compressed, load
 from fastdistil.data.task_encoding import encode
 from fastdistil.data.tasks import Task, find_task, read_examples
 from fastdistil.errors import UserError
 from fastdistil.evaluate import bytes_on_disk, count_parameters, evaluate_task, mean_score
 from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.export.card import write_card
+from fastdistil.export.folder import read_exported
 from fastdistil.models.load import load_fitting_tokenizer, load_tokenizer, max_positions
 from fastdistil.train.checkpoint import publish, save_model
+
+MARKER = "compress.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class CompressResult:
                 rows.append((name.replace("_", " "), f"{before.scores[name]:.2%} -> {value:.2%}"))
             assert before.score is not None
             assert after.score is not None
-            rows.append(("retained", f"{after.score / before.score:.1%} of the score"))
+            if before.score:
+                rows.append(("retained", f"{after.score / before.score:.1%} of the score"))
         else:
             rows.append(("quality", "not measured, and nothing was trained: give --task"))
         return rows + [("note", note) for note in self.notes]
@@ -90,6 +95,7 @@ def compress_model(
     data: str | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
+    allow_weak_teacher: bool = False,
     say: Callable[[str], None] = print,
 ) -> CompressResult:
     """Compress the model `source` by a chain, and measure both side by side.
@@ -103,8 +109,10 @@ def compress_model(
     """
     chain = parse_chain(method, overrides)
     found = None if task is None else find_task(task)
-    check_output(output, "compressed model", ours=(output / "models").is_dir())
+    check_output(output, "compressed model", ours=is_ours(output))
     if found is None:
+        _check_untrained(source, chain)
+        begin(output, source)
         made, notes = _without_task(source, chain, output, seed), list[str]()
     else:
         context = ChainContext(
@@ -113,11 +121,23 @@ def compress_model(
             data=data,
             output=output,
             max_length=min(found.usual_length, max_positions(load(model_folder(source)))),
+            allow_weak_teacher=allow_weak_teacher,
             say=say,
         )
+        check_chain(chain, context)
+        begin(output, source)
         made = run_chain(chain, context, seed)
         notes = chain_record(chain, context, seed).notes
-    command = compress_command(source, {"--method": method}, task, data, overrides, seed, output)
+    command = compress_command(
+        source,
+        {"--method": method},
+        task,
+        data,
+        overrides,
+        seed,
+        output,
+        allow_weak_teacher=allow_weak_teacher,
+    )
     return finish_single(source, made, chain, output, found, data, notes, command)
 
 
@@ -129,6 +149,8 @@ def compress_command(
     overrides: Sequence[str],
     seed: int,
     output: Path | str,
+    *,
+    allow_weak_teacher: bool = False,
 ) -> str:
     """The command line that makes a model again; `wanted` is its options --method, or of a target."""
     words = ["fastdistil", "compress", source]
@@ -136,6 +158,7 @@ def compress_command(
     words += [] if task is None else ["--task", task]
     words += [] if data is None else ["--data", data]
     words += [word for override in overrides for word in ("--set", override)]
+    words += ["--allow-weak-teacher"] if allow_weak_teacher else []
     return shlex.join([*words, "--seed", str(seed), "--output", str(output)])
 
 
@@ -185,13 +208,30 @@ def finish_single(
     return result
 
 
-def _without_task(source: str, chain: Chain, output: Path, seed: int) -> Path:
+def is_ours(output: Path) -> bool:
+    """Whether `begin` was called for the folder: what is in its models/ and model/ may be replaced."""
+    return (output / MARKER).is_file()
+
+
+def begin(output: Path, source: str) -> None:
+    """Make the folder, which was checked, one that models are compressed in."""
+    write_json(output / MARKER, {"model": source})
+
+
+def _check_untrained(source: str, chain: Chain) -> None:
     for step in chain.steps:
         if step.is_recipe:
             raise UserError(f"{step} trains a student for a task: add --task NAME")
+    refuse_runtime(chain.steps[0], source, read_exported(source))
+
+
+def _without_task(source: str, chain: Chain, output: Path, seed: int) -> Path:
     torch.manual_seed(seed)
-    model: Any = load(source)
-    for step in chain.steps:
+    # A model whose file is in half precision stays in it, unless a step is to round its weights further.
+    rounds = any(step.method.kind == "quantisation" for step in chain.steps)
+    model: Any = load(source, dtype=torch.float32 if rounds and not is_compressed(source) else None)
+    for before, step in zip((None, *chain.steps), chain.steps, strict=False):
+        refuse_runtime(step, f"what {before} makes", getattr(model, "exported", None))
         options = step.method_options()
         model = step.method.finish(step.method.apply(model, options, None), options)
     folder = output / "models" / "untrained"

@@ -83,6 +83,7 @@ class Chain:
 
     name: str
     steps: tuple[Step, ...]
+    overrides: tuple[str, ...] = field(default=(), compare=False)  # of those given, the ones for its steps
 
     @property
     def kind(self) -> Kind:
@@ -129,43 +130,45 @@ def parse_chain(text: str, overrides: Sequence[str] = ()) -> Chain:
 
     Raises:
         UserError: an unknown method or recipe (with the nearest one), an option that is unknown or out of its
-            range, an override for a step that is not in the chain.
+            range, an override for a step that is not in the chain, a step after one that ends a chain.
     """
-    chain, used = _parse(text, overrides)
-    _refuse_unused(overrides, used)
+    chain = _parse(text, overrides)
+    _refuse_unused(overrides, chain.overrides)
     return chain
 
 
 def parse_chains(texts: Sequence[str], overrides: Sequence[str] = ()) -> list[Chain]:
     """As `parse_chain`; an override must be for a step of one of them, at least."""
     parsed = [_parse(text, overrides) for text in texts]
-    _refuse_unused(overrides, set().union(*(used for _, used in parsed)))
-    names = [chain.name for chain, _ in parsed]
+    _refuse_unused(overrides, [override for chain in parsed for override in chain.overrides])
+    names = [chain.name for chain in parsed]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"method {name} is given twice")
-    return [chain for chain, _ in parsed]
+    return parsed
 
 
-def _parse(text: str, overrides: Sequence[str]) -> tuple[Chain, set[str]]:
+def _parse(text: str, overrides: Sequence[str]) -> Chain:
     if text.endswith((".yaml", ".yml")):
         name, steps = Path(text).stem, _read(text)
     else:
         name, steps = text, [_step(part) for part in text.split("+")]
-    used = set()
+    used = []
     for override in overrides:
-        for i, step in enumerate(steps):
-            changed = _override(step, i, override)
-            if changed is not None:
-                steps[i] = changed
-                used.add(override)
+        changed = [_override(step, i, override) for i, step in enumerate(steps)]
+        if any(changed):
+            used.append(override)
+            steps = [new or step for new, step in zip(changed, steps, strict=True)]
     for step in steps:
         if step.is_recipe:
             if step.value is not None:
                 for_variant(load_recipe(step.name), step.value)
         else:
             step.method_options()
-    return Chain(name, tuple(steps)), used
+    for step in steps[:-1]:
+        if not step.is_recipe and step.method.ends:
+            raise UserError(f"{name}: {step} must be the last step, nothing can be done to what it makes")
+    return Chain(name, tuple(steps), tuple(used))
 
 
 def _step(text: str) -> Step:
@@ -225,7 +228,7 @@ def _with_recover(step: Step, key: str, value: Any) -> Step:
     return replace(step, recover=(step.recover or {}) if value else None)
 
 
-def _refuse_unused(overrides: Sequence[str], used: set[str]) -> None:
+def _refuse_unused(overrides: Sequence[str], used: Sequence[str]) -> None:
     for override in overrides:
         if override not in used:
             name = override.partition(".")[0]

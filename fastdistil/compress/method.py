@@ -45,3 +45,4 @@ class Method:
     finish: Callable[[Any, Any], Any] = lambda model, options: model
     recovers: bool = True  # whether training afterwards is of use, and is done by default
     uses_steps: bool = False  # `options.steps` is set to the optimiser steps of the recovery
+    ends: bool = False  # whether no step can follow: what it makes is not trained or compressed further

@@ -297,7 +297,9 @@ METHODS = (
         NoOptions,
         apply_embeddings,
     ),
-    _method("bf16", "store the weights and compute in bfloat16", NoOptions, apply_bf16, paper=None),
+    _method(
+        "bf16", "store the weights and compute in bfloat16", NoOptions, apply_bf16, paper=None, ends=True
+    ),
     _method(
         "onnx",
         "run in float32 on ONNX Runtime",
@@ -306,6 +308,7 @@ METHODS = (
         kind="runtime",
         paper=None,
         main="opset",
+        ends=True,
     ),
     _method(
         "onnx-int8",
@@ -313,5 +316,6 @@ METHODS = (
         OnnxInt8Options,
         apply_onnx_int8,
         main="embedding_bits",
+        ends=True,
     ),
 )

@@ -38,9 +38,18 @@ class Latency:
 
 
 def count_parameters(model: Any) -> int:
-    """Weights, a tied one counted once."""
+    """Weights, a tied one counted once; of a pruned matrix those that are left, of a clustered one all that
+    are not zero: a codebook's entries are not weights."""
     exported: int | None = getattr(model, "num_parameters_", None)
-    return sum(parameter.numel() for parameter in model.parameters()) if exported is None else exported
+    if exported is not None:
+        return exported
+    from fastdistil.compress.encoded import kind_of, parameter_of
+
+    count = sum(parameter.numel() for parameter in model.parameters())
+    for module in model.modules():
+        if kind_of(module) == "clustered":
+            count += int(module.weight.detach().count_nonzero()) - parameter_of(module).numel()
+    return count
 
 
 def bytes_on_disk(folder: str | Path) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,11 @@ def model_card(
 
 
 def licence(source: str | Path) -> str:
-    """What the front matter of the folder's README.md names as `license`, else "unknown"."""
+    """What the front matter of the model's README.md names as `license`, else "unknown"."""
     import yaml
 
-    try:
-        text = (Path(source).expanduser() / _README).read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return UNKNOWN
-    if not text.startswith("---\n"):
+    text = _card_of(source)
+    if text is None or not text.startswith("---\n"):
         return UNKNOWN
     try:
         matter: Any = yaml.safe_load(text[4:].split("\n---", 1)[0])
@@ -90,9 +88,32 @@ def licence(source: str | Path) -> str:
     return name if isinstance(name, str) and name.strip() else UNKNOWN
 
 
+def _card_of(source: str | Path) -> str | None:
+    """The README.md of a folder, or of a model on the hub; None if there is none, or it cannot be read."""
+    folder = Path(source).expanduser()
+    try:
+        file = folder / _README if folder.is_dir() else _fetch_card(str(source))
+        return None if file is None else file.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+@cache
+def _fetch_card(model: str) -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, _README))
+    except Exception:  # of several libraries: no such model, no card, no network
+        return None
+
+
 def _licence_sentence(made_of: str | Path, known: str) -> str:
     if known == UNKNOWN:
-        return f"Licence: unknown, `{made_of}` does not say it: ask its authors before you pass this on."
+        return (
+            f"Licence: unknown, no card of `{made_of}` was found that says it: ask its authors before you "
+            "pass this on."
+        )
     return f"Licence: {known}, that of `{made_of}`."
 
 

@@ -4,7 +4,7 @@ import shlex
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastdistil.errors import UserError
+from fastdistil.evaluate.cost import bytes_on_disk, model_folder
 from fastdistil.export.card import write_card
 from fastdistil.export.example import example_inputs
 from fastdistil.export.executorch import export_executorch
@@ -34,7 +35,7 @@ class ExportResult:
     format: str
     parameters: int
     bytes: int  # of the runtime's file
-    source_bytes: int  # of the weights in memory
+    source_bytes: int  # of the weights that it was made of, on disk
     max_error: float  # of the outputs, absolute
     agreement: float | None  # fraction of the checked outputs with the same largest entry
     latency_before_ms: float  # of one sequence; of PyTorch, or of the float ONNX model
@@ -42,6 +43,8 @@ class ExportResult:
     length: int  # tokens
     threads: int
     notes: tuple[str, ...] = ()
+    scores_before: Mapping[str, float] | None = None  # on a task; None: none was named
+    scores_after: Mapping[str, float] | None = None
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value, with its unit."""
@@ -49,6 +52,7 @@ class ExportResult:
             "" if self.agreement is None else f"; the same answer on {self.agreement:.1%} of what was checked"
         )
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        before, after = self.scores_before or {}, self.scores_after or {}
         return [
             ("exported to", f"{self.path}, {self.format}"),
             ("parameters", f"{self.parameters / 1e6:.2f} M"),
@@ -63,6 +67,7 @@ class ExportResult:
                 f"{self.latency_before_ms:.2f} ms -> {self.latency_after_ms:.2f} ms, "
                 f"{self.latency_before_ms / self.latency_after_ms:.1f}x faster",
             ),
+            *((name.replace("_", " "), f"{before[name]:.2%} -> {after[name]:.2%}") for name in after),
             *(("note", note) for note in self.notes),
         ]
 
@@ -75,6 +80,7 @@ def export_model(
     opset: int | None = None,
     max_length: int = 128,
     examples: Sequence[Any] = (),
+    score: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> ExportResult:
     """Write the model `source` to the folder `output` for another runtime, compared with the original.
 
@@ -86,6 +92,7 @@ def export_model(
         opset: of ONNX; None: torch's default.
         max_length: tokens that the latency is measured at, and that an ExecuTorch file takes at most.
         examples: `TaskBatch`es that the two are compared on, besides texts of our own.
+        score: of a model, on a task; asked of both, for the result and the model card.
 
     Raises:
         UserError: an unknown format, an `output` that is there already, a source that is exported or
@@ -97,10 +104,13 @@ def export_model(
     if opset is not None and format == "executorch":
         raise UserError("opset is ONNX's; ExecuTorch has none")
     _check_source(source, format)
+    if opset is not None and read_exported(source) is not None:
+        raise UserError(f"opset is that of the model in {source} already; leave it out")
     try:
         with new_folder(output) as partial:
             model = _write(source, format, partial, opset, max_length, examples)
-            result = _result(model, partial, Path(output).expanduser(), format, max_length)
+            size = bytes_on_disk(model_folder(source))
+            result = _result(model, size, partial, Path(output).expanduser(), format, max_length, score)
             more = "" if opset is None else f" --opset {opset}"
             write_card(
                 partial,
@@ -165,18 +175,27 @@ def _is_int8(model: Any) -> bool:
     return any(spec["kind"] == "int8_linear" for _, spec in replacements(model))
 
 
-def _result(model: Any, partial: Path, output: Path, format: str, max_length: int) -> ExportResult:
+def _result(
+    model: Any,
+    source_bytes: int,
+    partial: Path,
+    output: Path,
+    format: str,
+    max_length: int,
+    score: Callable[[Any], Mapping[str, float]] | None,
+) -> ExportResult:
     exported = read_exported(partial)
     assert exported is not None
     assert exported.max_error is not None
     length = min(max_length, max_positions(model))
-    before, after = _latencies([model, load_runtime(partial, model.config)], length)
+    made = load_runtime(partial, model.config)
+    before, after = _latencies([model, made], length)
     return ExportResult(
         output,
         format,
         exported.parameters,
         (partial / exported.file).stat().st_size,
-        _weight_bytes(model),
+        source_bytes,
         exported.max_error,
         exported.agreement,
         before,
@@ -184,6 +203,8 @@ def _result(model: Any, partial: Path, output: Path, format: str, max_length: in
         length,
         torch.get_num_threads(),
         _notes(exported),
+        None if score is None else score(model),
+        None if score is None else score(made),
     )
 
 
@@ -192,13 +213,6 @@ def _notes(exported: Exported) -> tuple[str, ...]:
         return tuple(exported.notes)
     bounds = f"takes at most {exported.max_length} tokens and {exported.max_batch} texts at once"
     return (*exported.notes, bounds)
-
-
-def _weight_bytes(model: Any) -> int:
-    source = getattr(model, "exported", None)
-    if source is not None:
-        return int((model.folder / source.file).stat().st_size)
-    return sum(tensor.nbytes for tensor in {id(t): t for t in model.state_dict().values()}.values())
 
 
 def _latencies(models: Sequence[Any], length: int) -> list[float]:

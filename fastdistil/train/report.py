@@ -102,7 +102,8 @@ def _measure(
         own = [r for r in records if r["phase"] == name and "tokens" in r]
         retained = None
         if task is not None and "teacher" in scores:
-            retained = mean_score(task, scores[name]) / mean_score(task, scores["teacher"])
+            whole = mean_score(task, scores["teacher"])
+            retained = mean_score(task, scores[name]) / whole if whole else None
         results.append(
             ModelResult(
                 name=name,

@@ -16,6 +16,7 @@ from fastdistil.compress.encoded import code_of, densify, parameter_of
 from fastdistil.compress.huffman import CHUNK
 from fastdistil.compress.replacements import replacements
 from fastdistil.errors import UserError
+from fastdistil.evaluate.cost import count_parameters
 
 (METHOD,) = METHODS
 PATH = "bert.encoder.layer.1.output.dense"
@@ -46,6 +47,15 @@ def train(model: Any, calibration: Any) -> Any:
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
+
+
+def test_parameters_are_the_weights_and_not_the_codebooks(build: Any) -> None:
+    whole = count_parameters(build())
+    assert count_parameters(cluster(build(), bits=2)) == whole
+    pruned = prune(build(), 0.5)
+    left = count_parameters(pruned)
+    assert left < whole
+    assert count_parameters(cluster(pruned, bits=2)) == left
 
 
 def test_k_means_finds_separate_groups() -> None:

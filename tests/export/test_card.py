@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from fastdistil.export.card import UNKNOWN, licence, model_card
+from fastdistil.export.card import UNKNOWN, _fetch_card, licence, model_card
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastdistil.export.card._fetch_card", _fetch_card.__wrapped__)  # without its cache
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def _folder(path: Path, **config: object) -> Path:
@@ -35,8 +41,24 @@ def test_licence_is_that_of_the_front_matter(text: str, expected: str, tmp_path:
     assert licence(_readme(tmp_path / "teacher", text)) == expected
 
 
-def test_licence_of_what_has_no_card(tmp_path: Path) -> None:
-    assert licence(tmp_path) == licence("owner/on-the-hub") == UNKNOWN
+def test_licence_of_a_folder_without_a_card(tmp_path: Path) -> None:
+    assert licence(tmp_path) == UNKNOWN
+
+
+def test_licence_of_a_model_on_the_hub_is_that_of_its_card_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = _readme(tmp_path / "cached", "---\nlicense: mit\n---\n") / "README.md"
+
+    def download(model: str, file: str) -> str:
+        if model != "owner/with-card":
+            raise OSError("no network")
+        assert file == "README.md"
+        return str(card)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert licence("owner/with-card") == "mit"
+    assert licence("owner/out-of-reach") == UNKNOWN
 
 
 def test_card_hands_the_licence_on(tmp_path: Path) -> None:
@@ -50,7 +72,7 @@ def test_card_hands_the_licence_on(tmp_path: Path) -> None:
 def test_card_without_a_licence_says_whom_to_ask(tmp_path: Path) -> None:
     text = model_card(_folder(tmp_path / "student"), title="t", command="c", made_of="a/teacher")
     assert "license: unknown\n" in text
-    assert "Licence: unknown, `a/teacher` does not say it: ask its authors" in text
+    assert "Licence: unknown, no card of `a/teacher` was found that says it: ask its authors" in text
 
 
 def test_card_lists_steps_and_facts(tmp_path: Path) -> None:
