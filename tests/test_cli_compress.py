@@ -1,5 +1,6 @@
 """`compress`, `compare` and `export` on the command line: what they make, and one line for what is wrong."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +43,10 @@ def test_compress_prints_what_changed(
         (["--method", "low-rank", "--set", "low-rank.rank=999", "--set", "low-rank.ratio=null"], "rank"),
         (["--method", "cluster:0"], "cluster.bits: input should be greater than"),
         (["--method", "kd"], "kd trains a student for a task: add --task NAME"),
+        (["--method", "bf16+prune-ffn"], "bf16+prune-ffn: bf16 must be the last step"),
+        (["--method", "onnx+prune-ffn"], "onnx must be the last step"),
+        (["--method", "int8", "--data", "tasks"], "--data is for --task"),
+        (["--method", "int8", "--allow-weak-teacher"], "--allow-weak-teacher is for --task"),
     ],
 )
 def test_a_mistake_in_compress_is_one_line(
@@ -60,6 +65,7 @@ def test_a_mistake_in_compress_is_one_line(
     [
         (["model"], "compare needs --task NAME (sst2, mrpc, ...), or the teacher `quickstart`"),
         (["quickstart", "--task", "sst2"], "--task is for another teacher than quickstart"),
+        (["quickstart", "--allow-weak-teacher"], "--allow-weak-teacher is for another teacher"),
         (["model", "--task", "sst3"], "sst3"),
         (["model", "--task", "sst2", "--methods", "kd,kd"], "method kd is given twice"),
         (["model", "--task", "sst2", "--methods", "kdd"], "unknown method 'kdd': did you mean kd?"),
@@ -96,8 +102,35 @@ def test_export_writes_a_verified_folder(
     output = tmp_path / "onnx"
     arguments = ["--task", "sst2", "--data", str(tasks), "--opset", "20", "--output", str(output)]
     assert main(["export", str(finetuned("sst2")), *arguments]) == 0
-    assert "error" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "error" in told
     assert (output / "model.onnx").is_file()
+    (score,) = re.findall(r"accuracy +(\d+\.\d+% -> \d+\.\d+%)", told)
+    assert f"| accuracy | {score} |" in (output / "README.md").read_text()
+    before, after = score.split(" -> ")
+    assert before == after  # ONNX in float32 answers the same
+    int8 = ["--format", "onnx-int8", "--opset", "20", "--output", str(tmp_path / "int8")]
+    assert "opset is that of the model in" in _fails(capsys, ["export", str(output), *int8])
+
+
+def test_a_comparison_of_which_nothing_could_be_made_fails(
+    capsys: pytest.CaptureFixture[str], finetuned: Callable[[str], Path], tasks: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = [
+        "--task",
+        "sst2",
+        "--data",
+        str(tasks),
+        "--methods",
+        "prune-layers:99",
+        "--output",
+        str(output),
+    ]
+    assert main(["compare", str(finetuned("sst2")), *arguments]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "no method could be made: prune-layers:99: prune-layers: num_layers is 99" in last
+    assert (output / "report.html").is_file()
 
 
 def test_an_unknown_format_is_one_line(

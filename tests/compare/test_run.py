@@ -302,6 +302,29 @@ def test_a_model_that_cannot_be_measured_is_a_row_with_its_error(world, monkeypa
     assert rows(comparison)["kd"].error is None
 
 
+def test_a_measurement_that_failed_is_tried_again(world, monkeypatch):
+    original = run.measure_costs
+
+    def measure(folders: Any, *others: Any) -> Measured:
+        whole = original(folders, *others)
+        del whole.costs["halve"]
+        return Measured(whole.key, whole.models, whole.costs, {"halve": "out of memory"}, [])
+
+    monkeypatch.setattr(run, "measure_costs", measure)
+    assert rows(world("halve"))["halve"].error == "out of memory"
+    monkeypatch.setattr(run, "measure_costs", original)
+    row = rows(world("halve"))["halve"]
+    assert (row.error, len(row.timings)) == (None, 1)
+    assert world.made == [("halve", 0)]
+
+
+def test_a_wrong_key_of_a_training_is_told_before_anything_is_made(world):
+    with pytest.raises(UserError, match=r"unknown key run\.epoch: did you mean run\.epochs\?"):
+        world("halve", "kd", overrides=["kd.run.epoch=2"])
+    assert not world.made
+    assert not world.output.exists()
+
+
 def test_results_are_written_after_every_row(world, monkeypatch):
     written: list[list[str]] = []
     original = run.write_comparison
@@ -333,6 +356,11 @@ def test_the_command_of_a_row_makes_its_model_again(world):
     assert rows(comparison)["teacher"].command == (
         f"fastdistil evaluate '{folder}' --task sst2 --data {data}"
     )
+
+
+def test_the_command_of_a_row_learns_from_a_weak_teacher_where_the_comparison_does(world):
+    command = rows(world("kd", allow_weak_teacher=True))["kd"].command
+    assert "--allow-weak-teacher" in command.split()
 
 
 def test_notes_of_methods_and_of_the_measurement_are_kept(world):

@@ -74,10 +74,12 @@ def test_candidates_of_twelve_layers():
     assert candidate_chains(12, 384) == [
         "bf16",
         "onnx-int8",
+        "onnx-int8:4",
         "prune-ffn:0.5+onnx-int8",
         "prune-layers:8+onnx-int8",
         "prune-heads:0.5+prune-ffn:0.5+onnx-int8",
         "prune-layers:6+onnx-int8",
+        "prune-layers:6+onnx-int8:4",
         "prune-layers:6+factorize-embeddings:96+onnx-int8",
         "prune-layers:6+prune-ffn:0.5+onnx-int8",
         "prune-layers:4+onnx-int8",
@@ -90,6 +92,7 @@ def test_candidates_of_twelve_layers():
         "prune-layers:2+prune-ffn:0.5+onnx-int8",
         "prune-layers:2+factorize-embeddings:96+prune-heads:0.5+prune-ffn:0.75+onnx-int8",
         "prune-layers:1+factorize-embeddings:96+prune-heads:0.5+prune-ffn:0.75+onnx-int8",
+        "prune-layers:1+factorize-embeddings:96+prune-heads:0.5+prune-ffn:0.75+onnx-int8:4",
     ]
 
 
@@ -316,7 +319,7 @@ def test_the_card_tells_the_command_of_the_search(find, fakes):
 def test_held_out_examples_are_those_that_training_leaves_out(teacher, data, tmp_path):
     from fastdistil.data.tasks import find_task, read_examples
 
-    found = search._Search(str(teacher), "sst2", str(data), tmp_path / "out", (), 0, print)
+    found = search._Search(str(teacher), "sst2", str(data), tmp_path / "out", (), 0, print, False)
     train = read_examples(find_task("sst2"), str(data), "train")
     rows = permutation(60, 0, 0).numpy()[:6]
     assert found.held_out.texts == [train.texts[row] for row in rows]

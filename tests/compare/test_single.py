@@ -1,6 +1,7 @@
 """`fastdistil compress` of one model: with a task and without, and what it refuses."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, AutoTokenizer
 
+from fastdistil.compare.search import compress_for_target
 from fastdistil.compare.single import compress_model
 from fastdistil.compress.store import load
 from fastdistil.errors import UserError
@@ -85,6 +87,62 @@ def test_the_same_command_again_makes_nothing_again(
 def test_what_needs_a_task_says_so(task_encoder: Path, tmp_path: Path, method: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         compress_model(str(task_encoder), method, tmp_path / "out")
+
+
+def test_models_of_somebody_else_are_left_alone(task_encoder: Path, tmp_path: Path) -> None:
+    """Folders called model/ and models/ are common; only what this command began may be replaced."""
+    for name in ("model/mine.py", "models/mine.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no compressed model"):
+        compress_model(str(task_encoder), "prune-ffn", tmp_path)
+    with pytest.raises(UserError, match="is not empty and holds no search"):
+        compress_for_target(str(task_encoder), "sst2", None, tmp_path, 2.0)
+    assert (tmp_path / "model" / "mine.py").read_text() == "mine"
+
+
+def test_half_precision_stays_unless_weights_are_rounded_further(task_encoder: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModel.from_pretrained(task_encoder, dtype=torch.bfloat16, add_pooling_layer=False).save_pretrained(
+        half
+    )
+    AutoTokenizer.from_pretrained(task_encoder).save_pretrained(half)
+    pruned = compress_model(str(half), "prune-ffn:0.5", tmp_path / "pruned")
+    assert load(pruned.path).dtype == torch.bfloat16
+    rounded = compress_model(str(half), "int8-embeddings", tmp_path / "rounded")
+    assert load(rounded.path).encoder.layer[0].output.dense.weight.dtype == torch.float32
+
+
+def test_nothing_is_done_to_an_exported_model(task_encoder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    exported = compress_model(str(task_encoder), "onnx", tmp_path / "onnx")
+    with pytest.raises(UserError, match=r"prune-ffn:0\.5: .*model is a model for onnxruntime already"):
+        compress_model(str(exported.path), "prune-ffn:0.5", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="what int8:onnxruntime makes is a model for onnxruntime already"):
+        compress_model(str(task_encoder), "int8:onnxruntime+prune-ffn:0.5", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "message"),
+    [
+        ("prune-ffn:0.5", "recover.run.epoch=1", "unknown key run.epoch: did you mean run.epochs?"),
+        ("prune-ffn:0.5+kd", "kd.run.epochs=-1", "run.epochs: input should be greater than 0"),
+    ],
+)
+def test_a_wrong_key_of_a_training_is_told_before_anything_is_made(
+    finetuned: Callable[[str], Path], tasks: Path, tmp_path: Path, method: str, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        compress_model(
+            str(finetuned("sst2")),
+            method,
+            tmp_path / "out",
+            task="sst2",
+            data=str(tasks),
+            overrides=[override],
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_something_else_is_refused(task_encoder: Path, tmp_path: Path) -> None:

@@ -112,6 +112,14 @@ def test_a_file_that_is_no_chain(tmp_path: Path, text: str, message: str) -> Non
         parse_chain(str(file))
 
 
+def test_a_chain_knows_which_overrides_are_for_it() -> None:
+    """Those that only together say something, too."""
+    overrides = ["int8-embeddings.recover=true", "recover.run.epochs=2", "kd.run.epochs=1"]
+    chains = parse_chains(["int8-embeddings", "kd", "onnx"], overrides)
+    assert [chain.overrides for chain in chains] == [tuple(overrides[:2]), tuple(overrides[2:]), ()]
+    assert parse_chain("int8-embeddings", chains[0].overrides) == chains[0]
+
+
 def test_an_override_may_be_for_one_chain_of_several() -> None:
     first, second = parse_chains(["kd", "prune-ffn"], ["kd.run.epochs=2"])
     assert first.steps[0].options == {"run.epochs": 2}
