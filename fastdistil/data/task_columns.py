@@ -125,21 +125,41 @@ def answer_spans(
     """
     spans, answers = [], []
     for row, (value, context) in enumerate(zip(values, contexts, strict=True), 1):
-        if isinstance(value, list):
-            value = {key: [answer.get(key) for answer in value] for key in ("text", "answer_start")}
-        wording, starts = (value or {}).get("text"), (value or {}).get("answer_start")
-        if not wording or not starts:
+        given = _answers_of(f"{where}, row {row}", name, value)
+        if not given:
             raise UserError(f"{where}, row {row}: {name!r} has no answer")
-        text, start = wording[0], starts[0]
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}, row {row}: {name!r} is {text!r}, not text")
-        if not isinstance(start, int) or start < 0 or not context.startswith(text, start):
-            raise UserError(f"{where}, row {row}: the answer {text!r} is not at {start!r} of the context")
+        for text, _ in given:
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"{where}, row {row}: {name!r} is {text!r}, not text")
+        text, at = given[0]
+        start = _whole_number(at)
+        if start is None or start < 0 or not context.startswith(text, start):
+            raise UserError(f"{where}, row {row}: the answer {text!r} is not at {at!r} of the context")
         # Blanks at its ends would reach for the tokens beside it.
         start += len(text) - len(text.lstrip())
         spans.append((start, start + len(text.strip())))
-        answers.append(tuple(wording))
+        answers.append(tuple(text for text, _ in given))
     return spans, answers
+
+
+def _answers_of(where: str, name: str, value: Any) -> list[tuple[Any, Any]]:
+    """Text and start of each answer of a row."""
+    if value is None:
+        return []
+    keys = ("text", "answer_start")
+    if isinstance(value, list) and all(isinstance(answer, dict) for answer in value):
+        return [(answer.get(keys[0]), answer.get(keys[1])) for answer in value]
+    if isinstance(value, dict):
+        texts, starts = (value.get(key) for key in keys)
+        texts, starts = texts or [], [] if starts is None else starts
+        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
+            return list(zip(texts, starts, strict=True))
+        if isinstance(texts, str) and not isinstance(starts, list):
+            return [(texts, starts)]
+    raise UserError(
+        f'{where}: {name!r} is {value!r}, not {{"text": [...], "answer_start": [...]}} with as many of both, '
+        "nor a list of such answers"
+    )
 
 
 def _refuse_hidden(where: str, name: str, values: Sequence[Any], incomplete: bool) -> None:
@@ -158,6 +178,6 @@ def _whole_number(value: Any) -> int | None:
         return int(value)
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
-    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+    if isinstance(value, str) and value.strip().removeprefix("-").isdecimal():
         return int(value)
     return None

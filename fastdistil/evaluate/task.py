@@ -61,7 +61,8 @@ def mean_score(task: Task, scores: dict[str, float]) -> float:
 def chance_score(task: Task, labels: np.ndarray) -> float:
     """The mean score of one who has not read the texts.
 
-    Always the most frequent class; for a choice 1 / C; 0 for correlations and for spans.
+    Of each metric what the best class for it scores, if it is always the answer: the most frequent one for
+    accuracy, the positive one for F1. For a choice 1 / C; 0 for correlations and for spans.
 
     Args:
         labels: (N,) of the examples that a model is scored on.
@@ -70,8 +71,8 @@ def chance_score(task: Task, labels: np.ndarray) -> float:
         return 1 / task.num_labels
     if task.kind != "classification":
         return 0.0
-    most_frequent = np.full_like(labels, np.bincount(labels).argmax())
-    return mean_score(task, _scores(task, most_frequent, labels))
+    constant = [_scores(task, np.full_like(labels, number), labels) for number in range(task.num_labels)]
+    return mean_score(task, {name: max(scores[name] for scores in constant) for name in task.metrics})
 
 
 def check_teacher(

@@ -49,7 +49,7 @@ def augmented(
     """
     if task.kind not in ("classification", "regression"):
         raise UserError(f"augment: {config.method} copies sentences and pairs; {task.name} is a {task.kind}")
-    file = _cache_file(examples.texts, config, source, max_length, cache_dir)
+    file = _cache_file(examples.texts, config, tokenizer.mask_token, source, max_length, cache_dir)
     if not file.exists():
         with Console(stderr=True).status(f"augmenting {task.name}") as status:
 
@@ -125,12 +125,18 @@ def _tinybert(
 
 
 def _cache_file(
-    texts: Texts, config: AugmentConfig, source: str, max_length: int, cache_dir: Path | None
+    texts: Texts,
+    config: AugmentConfig,
+    mask_token: str | None,
+    source: str,
+    max_length: int,
+    cache_dir: Path | None,
 ) -> Path:
     """By everything that the copies depend on."""
     models = (config.masked_lm, config.vectors, source if config.method == "tinybert" else None)
     prints = [model_fingerprint(model) for model in models if model is not None]
-    return cache_file("augmented", [config.model_dump(), max_length, prints, texts], ".parquet", cache_dir)
+    key = [config.model_dump(), mask_token, max_length, prints, texts]
+    return cache_file("augmented", key, ".parquet", cache_dir)
 
 
 def _write(file: Path, texts: Texts) -> None:

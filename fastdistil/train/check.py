@@ -60,6 +60,8 @@ def _check_stages(config: "RunConfig") -> None:
             raise UserError(f"{key}layerwise: none of its objectives compares layers")
         if stage.layerwise and stage.run.steps is None:
             raise UserError(f"{key}run.steps: a layerwise stage needs it, for each layer")
+        if stage.teacher is not None and config.task is None:
+            raise UserError(f"{key}teacher: a run on text alone has one teacher for all stages; set teacher")
         if stage.augment is not None and stage.reads == "text":
             raise UserError(f"{key}augment: makes examples of a task, but this stage reads text")
     last = config.student_stages[-1]

@@ -133,13 +133,15 @@ def load_config(
 
     A name may end in `:variant`. What the recipe says of the task goes first, then its variant, then the
     overrides. `teacher` is the model to learn from; for a recipe without distillation, the model to train.
-    `task` and `data` are the name of a task and the folder of its files.
+    `task` and `data` are the name of a task and the folder of its files. An override of what each stage of
+    the recipe says for itself, such as run.epochs, is one of all stages.
 
     Raises `UserError`, one line with the dotted key, for anything that does not fit.
     """
     name, _, variant = str(recipe).partition(":")
     plain = load_recipe(name)
     plain.setdefault("recipe", Path(name).stem)
+    task = _named_task(plain, overrides) if task is None else task
     task = None if task is None else find_task(task).name  # however it is spelt
     tasks = plain.get("tasks") or {}
     changes = [*tasks.get(task, {}).items(), *(for_variant(plain, variant).items() if variant else ())]
@@ -154,6 +156,8 @@ def load_config(
     for section, key, text in (("task", "name", task), ("task", "data", data), ("data", "corpus", corpus)):
         if text is not None:
             plain[section] = {**(plain.get(section) or {}), key: text}
+    if task is not None:
+        plain["task"].setdefault("max_length", find_task(task).usual_length)
     config = _validate(plain)
     if teacher is not None:
         if config.new_teacher is not None:
@@ -169,6 +173,16 @@ def load_config(
     config = _validate(plain)
     check_complete(config)
     return config
+
+
+def _named_task(plain: dict[str, Any], overrides: Sequence[str]) -> str | None:
+    """The task that the recipe, or the last override, names."""
+    given = [
+        text for key, _, text in (override.partition("=") for override in overrides) if key == "task.name"
+    ]
+    section = plain.get("task")
+    name = given[-1] if given else section.get("name") if isinstance(section, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def read_config(path: Path) -> RunConfig:

@@ -15,7 +15,20 @@ def apply_override(plain: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"an override reads key=value, got {override!r}")
-    set_key(plain, key, parse_value(key, text))
+    value, stages = parse_value(key, text), plain.get("stages")
+    set_key(plain, key, value)
+    if isinstance(stages, list) and stages and all(_says(stage, key) for stage in stages):
+        for stage in stages:
+            set_key(stage, key, value)
+
+
+def _says(stage: Any, key: str) -> bool:
+    """Whether the stage has the key itself, so that it would not take it over from the top."""
+    *parents, last = key.split(".")
+    for part in parents:
+        stage = stage.get(part) if isinstance(stage, dict) else None
+    names = {"steps", "epochs"} if parents == ["run"] and last in ("steps", "epochs") else {last}
+    return isinstance(stage, dict) and bool(names & stage.keys())
 
 
 def parse_value(key: str, text: str) -> Any:

@@ -80,11 +80,10 @@ class TaskData:
         self._config, self._task, self._tokenizer = config, task, tokenizer
         self._accelerator, self._log = accelerator, log
         self._section = config.task
-        train, validation = task.splits[:2]
-        self._examples = read_examples(task, self._section.data, train)
+        self._examples = read_examples(task, self._section.data, "train")
         self._examples, held_out = split_examples(self._examples, self._section)
         if held_out is None:
-            held_out = read_examples(task, self._section.data, validation)
+            held_out = read_examples(task, self._section.data, "validation")
             self._split = held_out.split  # another one where the folder lacks it
         else:
             self._split = "held-out training"

@@ -126,7 +126,7 @@ class AugmentConfig(Section):
 
     method: Literal["tinybert", "bilstm"] = Field(
         description="tinybert: words replaced by what a masked language model or word vectors propose (Jiao "
-        "et al. 2020, algorithm 1); bilstm: masking, POS-guided replacement, n-grams (Tang et al. 2019, 3.4)"
+        "et al. 2020, algorithm 1); bilstm: masking, POS-guided replacement, n-grams (Tang et al. 2019, 3.3)"
     )
     copies: int = Field(default=20, ge=1, description="made of each example; duplicates are dropped")
     probability: float = Field(
@@ -151,13 +151,25 @@ class AugmentConfig(Section):
     )
     seed: int = Field(default=0, ge=0, description="of the copies, apart from the run's seed")
 
+    @model_validator(mode="after")
+    def _shares(self) -> "AugmentConfig":
+        both = self.mask_probability + self.pos_probability
+        if both > 1:
+            raise ValueError(f"mask_probability + pos_probability must be at most 1, got {both:g}")
+        return self
+
 
 class TaskConfig(Section):
     """The task that teacher and student are trained for and scored on (`--task`, `--data`)."""
 
     name: str = Field(description="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad, ...")
     data: str | None = Field(default=None, description="folder of the task's files; None: the hub")
-    max_length: int = Field(default=128, ge=8, description="tokens of an example; longer ones are truncated")
+    max_length: int = Field(
+        default=128,
+        ge=8,
+        description="tokens of an example, default 384 for spans; longer ones are truncated, of a span cut "
+        "into windows",
+    )
     max_examples: int | None = Field(
         default=None, ge=1, description="use the first so many training examples; None: all"
     )

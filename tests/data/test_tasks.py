@@ -219,6 +219,21 @@ def test_span_answers_of_every_layout(tmp_path, form):
     assert examples.labels.tolist() == [[13, 21]]
 
 
+@pytest.mark.parametrize("suffix", ["tsv", "csv"])
+def test_span_answers_of_a_table(tmp_path, suffix):
+    """Whose cells are all text."""
+    rows = [("question", "context", "answer_text", "answer_start"), ("q", "one two", "two", "4")]
+    lines = [("\t" if suffix == "tsv" else ",").join(row) for row in rows]
+    (tmp_path / f"validation.{suffix}").write_text("\n".join(lines) + "\n")
+    examples = read("squad", tmp_path)
+    assert (examples.answers, examples.labels.tolist()) == ([("two",)], [[4, 7]])
+
+
+def test_a_single_span_answer_need_not_be_a_list(tmp_path):
+    write(tmp_path / "validation.jsonl", [{**ASKED, "answers": {"text": "two", "answer_start": 4}}])
+    assert read("squad", tmp_path).labels.tolist() == [[4, 7]]
+
+
 @pytest.mark.parametrize("answer", ["B", 1, "b2", "1"])
 def test_the_right_option_is_a_letter_a_number_or_its_text(tmp_path, answer):
     options = ["a1", "b2", "c3", "d4"]
@@ -298,7 +313,8 @@ GOOD = {"sentence": "fine", "label": 1}
 NLI = {"premise": "x", "hypothesis": "y", "label": 0}
 SIMILAR = {"sentence1": "x", "sentence2": "y", "score": 1.0}
 CHOICE = {"article": "x", "question": "y", "options": ["a", "b", "c", "d"], "answer": "A"}
-SPAN = {"question": "q", "context": "one two", "answer_text": "two", "answer_start": 4}
+ASKED = {"question": "q", "context": "one two"}
+SPAN = {**ASKED, "answer_text": "two", "answer_start": 4}
 HIDDEN = "this split has hidden labels and can neither be learned nor scored"
 
 
@@ -334,6 +350,20 @@ HIDDEN = "this split has hidden labels and can neither be learned nor scored"
         ("squad", [{**SPAN, "answer_start": -3}], "row 1: the answer 'two' is not at -3 of the context"),
         ("squad", [{**SPAN, "answer_text": " ", "answer_start": 3}], "row 1: 'answer_text' is ' ', not text"),
         ("squad", [{"question": "q", "context": "c", "answers": []}], "row 1: 'answers' has no answer"),
+        ("squad", [{**ASKED, "answers": "two"}], "row 1: 'answers' is 'two', not {\"text\": [...], "),
+        ("squad", [{**ASKED, "answers": ["two"]}], "row 1: 'answers' is ['two'], not {"),
+        ("squad", [{**ASKED, "answers": {"text": ["two"], "answer_start": 4}}], "row 1: 'answers' is {"),
+        (
+            "squad",
+            [{**ASKED, "answers": {"text": ["two", "one"], "answer_start": [4]}}],
+            "with as many of both",
+        ),
+        ("squad", [{**ASKED, "answers": {"text": ["two", ""], "answer_start": [4, 0]}}], "is '', not text"),
+        (
+            "squad",
+            [{**SPAN, "answer_start": "--4"}],
+            "row 1: the answer 'two' is not at '--4' of the context",
+        ),
         ("squad", [{"question": "q", "context": "c", "answers": None}], "row 1: 'answers' has no answer"),
         ("squad", [{"question": "q", "context": "c"}], "no column 'answers'; the columns there are question"),
         ("sst2", [[1]], "row 1: not a JSON object"),

@@ -129,7 +129,7 @@ def test_chance_is_the_score_of_the_most_frequent_class():
     labels = np.array([1, 1, 1, 0])
     assert chance_score(find_task("sst2"), labels) == pytest.approx(3 / 4)
     assert chance_score(find_task("mrpc"), labels) == pytest.approx((3 / 4 + 6 / 7) / 2)
-    assert chance_score(find_task("qqp"), 1 - labels) == pytest.approx((3 / 4 + 0) / 2)
+    assert chance_score(find_task("qqp"), 1 - labels) == pytest.approx((3 / 4 + 2 / 5) / 2)
     assert chance_score(find_task("cola"), labels) == 0
     assert chance_score(find_task("stsb"), np.array([1.0, 2.0])) == 0
     assert chance_score(find_task("squad"), np.array([[1, 2]])) == 0

@@ -134,6 +134,17 @@ def test_pkd_is_the_published_recipe():
     assert patient.weight in grid["objectives.1.weight"]
 
 
+@pytest.mark.parametrize("recipe", ["kd", "pkd"])
+def test_each_alpha_of_the_grid_weighs_labels_and_logits(recipe):
+    default, *others = (
+        load(name).objectives[0] for name in (recipe, f"{recipe}:alpha-0.2", f"{recipe}:alpha-0.7")
+    )
+    alphas = [prediction.kd_weight for prediction in (others[0], default, others[1])]
+    assert alphas == load_recipe(recipe)["grid"]["objectives.0.kd_weight"]
+    for prediction in (default, *others):
+        assert prediction.task_weight == pytest.approx(1 - prediction.kd_weight)
+
+
 def test_pkd_has_the_variants_of_the_paper():
     last = load("pkd:last").objectives[1]
     assert layer_pairs(last.layers, 6, 12) == ((0, 6), (1, 7), (2, 8), (3, 9), (4, 10))
@@ -346,7 +357,10 @@ def test_an_unknown_recipe_is_named(name, message):
     ("name", "message"),
     [
         ("bilstm:larg", "recipe bilstm has the variants large, not 'larg'"),
-        ("pkd:skip", "recipe pkd has the variants last, 3-layers, 3-layers-last, not 'skip'"),
+        (
+            "pkd:skip",
+            "recipe pkd has the variants last, 3-layers, 3-layers-last, alpha-0.2, alpha-0.7, not 'skip'",
+        ),
         ("minilm:large", "recipe minilm has no variants, not 'large'"),
     ],
 )

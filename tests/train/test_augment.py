@@ -27,14 +27,23 @@ MAKERS = ("bilstm_augment", "tinybert_augment", "load_encoder", "load_masked_lm"
 def augment(tasks: Path, task_encoder: Path, tmp_path: Path) -> Callable[..., Examples]:
     """The first 12 examples of a task and copies of them, by the keys of a section `augment`."""
 
-    def make(task: str = "sst2", *, source: Path = task_encoder, count: int = 12, **keys: Any) -> Examples:
+    def make(
+        task: str = "sst2",
+        *,
+        source: Path = task_encoder,
+        count: int = 12,
+        mask_token: str = "[MASK]",
+        **keys: Any,
+    ) -> Examples:
+        tokenizer = AutoTokenizer.from_pretrained(task_encoder)
+        tokenizer.mask_token = mask_token
         examples = read_examples(find_task(task), tasks, "train").select(range(count))
         with RunLog(tmp_path, main=True) as log:
             return augmented(
                 examples,
                 find_task(task),
                 AugmentConfig(**{"method": "tinybert", "copies": 3, **keys}),
-                AutoTokenizer.from_pretrained(task_encoder),
+                tokenizer,
                 source=str(source),
                 max_length=24,
                 cache_dir=tmp_path / "cache",
@@ -246,3 +255,11 @@ def test_pairs_and_scores_are_augmented_too(on_task, phases, tmp_path, task):
     assert [m.name for m in result.models] == ["teacher", "student", "baseline"]
     losses = [r["loss"] for r in read_metrics(result.output / METRICS) if "loss" in r]
     assert all(loss is not None for loss in losses)
+
+
+def test_copies_are_masked_with_the_tokens_of_the_tokenizer(augment: Callable[..., Examples]) -> None:
+    """After another tokenizer's copies of the same texts, which are in the cache, too."""
+    for token, other in (("[MASK]", "[UNK]"), ("[UNK]", "[MASK]")):
+        texts = " ".join(text for (text,) in augment(method="bilstm", mask_token=token).texts)
+        assert token in texts
+        assert other not in texts

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -175,6 +176,46 @@ def test_steps_at_the_top_give_way_to_the_epochs_of_a_stage():
     first, second = load_config("mobilebert", ["run.epochs=2"], teacher="t", corpus="c").stages
     assert (first.run.steps, first.run.epochs) == (10_000, None)
     assert (second.run.steps, second.run.epochs) == (None, 2)
+
+
+def test_what_each_stage_says_for_itself_is_overridden_in_all_of_them():
+    """mrpc's entry and the recipe give both stages epochs of their own."""
+    first, second = staged("run.epochs=1", task="mrpc").stages
+    assert (first.run.epochs, second.run.epochs) == (1, 1)
+    first, second = staged("run.steps=7", "stages.1.run.epochs=2", task="mrpc").stages
+    assert (first.run.steps, first.run.epochs) == (7, None)
+    assert (second.run.steps, second.run.epochs) == (None, 2)
+
+
+def test_the_task_may_be_named_by_an_override():
+    """Its own epochs and copies are those of `--task`."""
+    named = load_config("tinybert-task", ["task.name=mrpc"], teacher="t")
+    asked = load_config("tinybert-task", teacher="t", task="mrpc")
+    assert named.stages == asked.stages
+    assert named.task == asked.task
+
+
+@pytest.mark.parametrize(("recipe", "task", "length"), [("kd", "squad", 384), ("pkd", "sst2", 128)])
+def test_the_length_of_an_example_is_that_of_its_task(recipe: str, task: str, length: int):
+    assert load_config(recipe, teacher="t", task=task).task.max_length == length
+    assert load_config(recipe, ["task.max_length=64"], teacher="t", task=task).task.max_length == 64
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("mobilebert", ["stages.1.teacher=t2"], "stages.1.teacher: a run on text alone has one teacher"),
+        (
+            "bilstm",
+            ["augment.mask_probability=0.7", "augment.pos_probability=0.7"],
+            "augment: mask_probability + pos_probability must be at most 1, got 1.4",
+        ),
+    ],
+)
+def test_keys_that_do_nothing_or_do_not_go_together(recipe: str, overrides: list[str], message: str):
+    where = {"task": "sst2"} if recipe == "bilstm" else {"corpus": "c"}
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(recipe, overrides, teacher="t", **where)
 
 
 def test_a_stage_may_leave_out_what_the_top_has():

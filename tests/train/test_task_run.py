@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 from transformers import (
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
@@ -242,6 +244,59 @@ def test_the_first_so_many_examples_are_used(on_task, phases, tasks):
     run(on_task("kd", "task.max_examples=8", "baseline=false", "run.steps=1"))
     (batch,) = phases["student"]["batches"]
     assert sorted(batch.labels.tolist()) == sorted(r["label"] for r in rows_of(tasks, "sst2", "train")[:8])
+
+
+SPANS = [{"question": "where", "context": "it is here", "answers": {"text": ["here"], "answer_start": [6]}}]
+CHOICES = [
+    {"article": "it is here", "question": "where", "options": ["here", "there", "far"], "answer": "here"}
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "auto"),
+    [("squad", SPANS, AutoModelForQuestionAnswering), ("dream", CHOICES, AutoModelForMultipleChoice)],
+)
+def test_spans_and_choices_are_distilled(
+    task: str, rows: list[Any], auto: Any, task_encoder: Path, task_keys: list[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "data" / task
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in 9 * rows))
+    teacher = tmp_path / "teacher"
+    shutil.copytree(task_encoder, teacher)
+    torch.manual_seed(0)
+    auto.from_pretrained(task_encoder).save_pretrained(str(teacher))
+    keys = ["student.num_layers=2", "student.teacher_layers=null", "run.steps=2", "allow_weak_teacher=true"]
+    config = load_config(
+        "kd",
+        [*task_keys, *keys, "task.max_length=24"],
+        teacher=str(teacher),
+        task=task,
+        data=str(tmp_path / "data"),
+        output=tmp_path / "run",
+    )
+    result = run(config)
+    assert [model.name for model in result.models] == ["teacher", "student", "baseline"]
+    assert all(0 <= score <= 1 for model in result.models for score in model.scores.values())
+    record = next(r for r in read_metrics(config.output / METRICS) if "loss" in r)
+    assert record["kd"] > 0
+    assert record["task"] > 0
+    assert auto.from_pretrained(config.output / "student").config.num_hidden_layers == 2
+
+
+def test_a_folder_may_have_the_usual_split_under_its_usual_name(
+    task_encoder: Path, task_keys: list[str], tmp_path: Path
+) -> None:
+    """MNLI's own is called validation_matched."""
+    (tmp_path / "mnli").mkdir()
+    rows = [{"premise": "it is here", "hypothesis": "it is", "label": label} for label in (0, 1, 2)]
+    for split in ("train", "validation"):
+        (tmp_path / "mnli" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = [*task_keys, "run.steps=1"]
+    files = {"data": str(tmp_path), "output": tmp_path / "run"}
+    (model,) = run(load_config("finetune", keys, teacher=str(task_encoder), task="mnli", **files)).models
+    assert model.scores["accuracy"] == pytest.approx(1 / 3)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Golden values of the recipes on a task: kd, distilbert-task, pkd, tinybert-task, bilstm."""
+"""Golden values of recipes on a task: finetune, kd, recover, distilbert-task, pkd, tinybert-task, bilstm."""
 
 import numpy as np
 import pytest
@@ -36,6 +36,36 @@ def task(text):
 def logits(draw):
     """(student, teacher): of three classes."""
     return 2 * draw(700, 3, 3), 3 * draw(701, 3, 3)
+
+
+def test_finetune(build, check, taps, task, logits):
+    """Devlin et al. 2019, section 4.1: the log of the right class's softmax, for n examples their mean."""
+    s, _ = logits
+    ce = np.mean([hard(s[n], label) for n, label in enumerate(LABELS)])
+    objectives = build(load_recipe("finetune")["objectives"])
+    check(objectives, taps(logits=s), None, task(LABELS), {"task": (1, ce, 1.0007620079051305)})
+
+
+def test_finetune_of_a_regression(build, check, taps, task, draw):
+    """GLUE's STS-B, as the code of BERT's users has it (`run_glue.py`): the squared error of the score."""
+    s, scores = draw(740, 3, 1), (0.5, 4.0, 2.25)
+    mse = np.mean([(s[n, 0] - score) ** 2 for n, score in enumerate(scores)])
+    objectives = build(load_recipe("finetune")["objectives"])
+    check(objectives, taps(logits=s), None, task(scores), {"task": (1, mse, 4.745152313425041)})
+
+
+def test_recover(build, check, taps, task, logits):
+    """Hinton et al. 2015, section 2, at T = 2: soft targets, times T^2, and the labels, half each."""
+    s, t = logits
+    kd = np.mean([soft(t[n], s[n], 2) for n in range(3)])
+    ce = np.mean([hard(s[n], label) for n, label in enumerate(LABELS)])
+    check(
+        build(load_recipe("recover")["objectives"]),
+        taps(logits=s),
+        taps(logits=t),
+        task(LABELS),
+        {"kd": (0.5, kd, 1.3221745076795293), "task": (0.5, ce, 1.0007620079051305)},
+    )
 
 
 def test_kd(build, check, taps, task, logits):
