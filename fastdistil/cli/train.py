@@ -33,7 +33,8 @@ def train(
     task: TaskName = None,
     data: TaskFolder = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the run; default runs/RECIPE.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder of the run; default runs/RECIPE or runs/RECIPE-TASK.", show_default=False),
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Run so many seeds; mean and deviation in the table.", min=2)
@@ -118,7 +119,7 @@ def prepare(
 @app.command()
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help="Folder or hub id of a masked language model, or of one for the task.")
+        str, typer.Argument(help="Folder or hub id of a masked language model, of one for the task, or any.")
     ],
     task: TaskName = None,
     data: TaskFolder = None,

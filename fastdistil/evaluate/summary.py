@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdistil.compress.store import is_compressed, load
 from fastdistil.data.corpus import open_corpus
 from fastdistil.data.task_encoding import encode
 from fastdistil.data.tasks import Task, find_task, read_examples
@@ -129,8 +130,9 @@ def summarize(
     """Measure the masked language model of a `transformers` folder or of the hub.
 
     Args:
-        corpus: held-out text as `open_corpus` takes it, or a prepared token store; None: cost alone. A store
-            of sentence pairs also gives the accuracy of a model's next-sentence head.
+        corpus: held-out text as `open_corpus` takes it, or a prepared token store; None: cost alone, of a
+            model of any kind, compressed or not. A store of sentence pairs also gives the accuracy of a
+            model's next-sentence head.
         max_length: tokens a sequence, of the score; None: 128, or what the model has positions for.
         max_sequences: the score is taken on the corpus's first so many.
         text_column, split: as of `open_corpus`.
@@ -138,10 +140,10 @@ def summarize(
     Raises:
         UserError: model or corpus cannot be read, or do not fit each other.
     """
+    if corpus is None:
+        return _summary(source, load(source, dtype=None if is_compressed(source) else torch.float32), None)
     model, tokenizer = load_masked_lm(source, next_sentence=True)
     length = _length(source, model, max_length, LENGTH)
-    if corpus is None:
-        return _summary(source, model, None)
     if (Path(corpus) / "meta.json").is_file():
         store = open_token_store(corpus, tokenizer, max_length=length)
     else:

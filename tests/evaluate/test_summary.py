@@ -54,7 +54,7 @@ def bert():
             initializer_range=0.5,
             **more,
         )
-        return getattr(transformers, f"BertFor{head}")(config).eval()
+        return getattr(transformers, f"BertFor{head}" if head else "BertModel")(config).eval()
 
     return make
 
@@ -97,7 +97,8 @@ def test_a_task_is_scored_as_transformers_would(bert, save, mrpc):
         split="validation",
         scores=pytest.approx({"accuracy": accuracy, "f1": f1}),
         mean=pytest.approx((accuracy + f1) / 2),
-        chance=pytest.approx(1 / 3),  # two thirds are right of "not equivalent", whose F1 is 0
+        # Always "not equivalent" is right two thirds of the time, always "equivalent" has an F1 of a half.
+        chance=pytest.approx((2 / 3 + 1 / 2) / 2),
         examples=30,
         left_out=0,
         texts=30,
@@ -202,8 +203,9 @@ def test_a_store_of_pairs_also_scores_the_next_sentence(bert, save, tmp_path):
     assert rows["perplexity"] == f"{math.exp(found.quality.score.loss):.2f}"
 
 
-def test_without_text_and_task_only_cost_is_told(bert, save):
-    rows = summarize(save(bert("MaskedLM")), None).rows()
+@pytest.mark.parametrize("kind", ["MaskedLM", "SequenceClassification", ""])
+def test_without_text_and_task_only_cost_is_told(bert, save, kind):
+    rows = summarize(save(bert(kind)), None).rows()
     assert ("quality", "not measured: give --corpus or --task") in rows
     labels = [label for label, _ in rows]
     assert ("latency, cpu", "peak memory, cpu") in list(pairwise(labels))
