@@ -130,8 +130,8 @@ def open_corpus(
             - "machine": English that is on this machine already (`fastdistil.data.machine_text`);
             - a file: `.parquet` and `.jsonl` by their suffix, anything else is UTF-8 text, a document a line;
             - a folder: its .txt, .text, .jsonl, .ndjson and .parquet files, sorted, also those in folders
-              below. If files are named after splits ("train.parquet", "validation-00000.parquet"), only
-              those of `split`;
+              below. If files, or folders that they lie in, are named after splits ("train.parquet",
+              "validation-00000.parquet", "test/part-0.txt"), only those of `split`;
             - a glob: the files that match, sorted;
             - otherwise a dataset of the hub, "name" or "name:configuration".
         text_column: the column of parquet and JSON lines, or of the hub's dataset.
@@ -174,7 +174,8 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
     ]
     if not files:
         raise UserError(f"corpus {str(folder)!r}: no {', '.join(sorted(_SUFFIXES))} file in this folder")
-    splits = {name: [file for file in files if _belongs_to(file, name)] for name in (*_SPLIT_NAMES, split)}
+    names = (*_SPLIT_NAMES, split)
+    splits = {name: [f for f in files if _belongs_to(f.relative_to(folder), name)] for name in names}
     if not any(splits.values()):
         return files
     if not splits[split]:
@@ -184,6 +185,9 @@ def _files_of_folder(folder: Path, split: str) -> list[Path]:
 
 
 def _belongs_to(file: Path, split: str) -> bool:
+    """Whether the file, or a folder that it lies in, is called after the split."""
+    if split in file.parts[:-1]:
+        return True
     return file.stem == split or file.stem.startswith((f"{split}-", f"{split}_", f"{split}."))
 
 

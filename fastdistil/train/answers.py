@@ -1,5 +1,6 @@
 """What a teacher says of a task's examples: asked once, and kept in the cache."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ def ask_once(
         def write(partial: Path) -> None:
             # On disk from the first row on: there may be more of them than fit in memory.
             rows = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+            if hasattr(os, "posix_fallocate"):  # a write to a mapped page that the disk has no room for kills
+                with partial.open("r+b") as file:
+                    os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
             _ask(frozen_copy(teacher, dtype), data, layers, dtype, rows)
             rows.flush()
 

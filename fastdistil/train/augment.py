@@ -78,6 +78,8 @@ def _unknown(examples: Examples) -> float:
 def _bilstm(
     texts: Texts, config: AugmentConfig, tokenizer: Any, progress: Callable[[int, int], None]
 ) -> list[Texts]:
+    if tokenizer.mask_token is None:
+        raise UserError("augment: masks words, but the tokenizer has no mask token; set augment=null")
     return bilstm_augment(
         texts,
         mask_token=tokenizer.mask_token,

@@ -20,12 +20,18 @@ def write_aside(file: Path, write: Callable[[Path], None]) -> None:
     """`write` the content beside `file` and rename it, so that a torn file is never found."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".writing-{os.getpid()}-{file.name}")
-    write(partial)
-    os.rename(partial, file)
+    try:
+        write(partial)
+        os.rename(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def model_fingerprint(source: str) -> list[Any]:
     """Of a file or a model folder, JSON-able; a name on the hub stands for itself."""
     path = Path(source).expanduser()
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    # The config too: it says which output of the head is which label.
+    files = [*sorted(path.glob("*.safetensors")), path / "config.json"] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
     return [source, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]

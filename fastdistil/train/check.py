@@ -24,6 +24,8 @@ def check_complete(config: "RunConfig") -> None:
             raise UserError(_needs_task(config))
     if config.uses_teacher and config.teacher is None and config.new_teacher is None:
         raise UserError(f"recipe {config.recipe} needs a teacher: --teacher ID_OR_DIR")
+    if config.new_teacher is not None and config.task is not None:
+        raise UserError("new_teacher: is trained on text; fine-tune one for a task (recipe finetune)")
     if config.teacher is not None and config.new_teacher is not None:
         raise UserError("teacher and new_teacher exclude each other")
     if not config.uses_teacher:

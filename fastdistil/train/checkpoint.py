@@ -71,7 +71,7 @@ def save_checkpoint(
     fingerprint: str,
     keep: int,
 ) -> None:
-    """Write `root/checkpoint-<step>` and drop all but the newest `keep`. Every process must call it.
+    """Write `root/checkpoint-<step>` and keep it and the `keep - 1` before it. Every process must call it.
 
     Raises `RunError` when the disk refuses; earlier checkpoints are then untouched.
     """
@@ -113,7 +113,10 @@ def save_checkpoint(
             reason = (failure.strerror or failure) if failure else "another process failed"
             raise RunError(f"cannot save {folder}: {reason}; {kept}")
     if main:
-        for step in _steps(root)[:-keep]:
+        steps = _steps(root)
+        # Those of later steps did not verify, or the run would have gone on from them.
+        own = [step for step in steps if step <= progress.step]
+        for step in set(steps) - set(own[-keep:]):
             shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
 
 

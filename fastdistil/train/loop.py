@@ -139,6 +139,7 @@ def train(phase: Phase, accelerator: Accelerator, log: RunLog) -> None:
                     accelerator.backward(loss * world)
                 window.add(loss, terms, batch)
                 if interrupt.requested and world == 1 and not last:
+                    window.require_finite(progress.step)
                     window.count(progress)
                     checkpoint(*before)
                     raise KeyboardInterrupt
@@ -281,12 +282,24 @@ class _Window:
         *sums, broken, stop = summed.tolist()
         means = {name: value / self._steps for name, value in zip(self._sums, sums, strict=True)}
         if broken or not all(math.isfinite(value) for value in means.values()):
-            shown = ", ".join(f"{name} {value:g}" for name, value in means.items())
-            raise RunError(
-                f"loss or gradient is not finite within the {self._steps} steps before step {progress.step} "
-                f"({shown}); earlier checkpoints are kept; try a lower optimizer.lr or run.precision=fp32"
-            )
+            raise _not_finite(self._steps, progress.step, means)
         return {**means, **self.count(progress)}, bool(stop)
+
+    def require_finite(self, step: int) -> None:
+        """Raise what `read` would, in the middle of the step after `step`."""
+        *sums, broken = torch.stack([*self._sums.values(), (~self._finite).float()]).tolist()
+        if broken or not all(map(math.isfinite, sums)):
+            steps = self._steps + 1
+            means = {name: value / steps for name, value in zip(self._sums, sums, strict=True)}
+            raise _not_finite(steps, step + 1, means)
+
+
+def _not_finite(steps: int, step: int, means: dict[str, float]) -> RunError:
+    shown = ", ".join(f"{name} {value:g}" for name, value in means.items())
+    return RunError(
+        f"loss or gradient is not finite within the {steps} steps before step {step} ({shown}); earlier "
+        "checkpoints are kept; try a lower optimizer.lr or run.precision=fp32, in another --output"
+    )
 
 
 @dataclass

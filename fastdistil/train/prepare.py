@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from fastdistil.data.batches import BatchSource, Share, StoreBatches, TokenSource
-from fastdistil.data.corpus import Corpus, open_corpus
+from fastdistil.data.corpus import Corpus, FileCorpus, open_corpus
 from fastdistil.data.masking import MaskedBatches, Masker, Unmasked
 from fastdistil.data.sentence_pairs import cached_pair_store
 from fastdistil.data.streaming import StreamBatches, sample_token_counts
@@ -95,6 +95,8 @@ def prepare_data(data: DataConfig, tokenizer: Any, accelerator: Accelerator, log
     assert data.corpus is not None
     facts = TokenizerFacts.from_tokenizer(tokenizer)
     with accelerator.main_process_first():
+        if data.validation is not None:
+            _require_other_text(data, data.corpus, data.validation)
         if data.streaming:
             if data.validation is None:
                 raise UserError(
@@ -102,21 +104,24 @@ def prepare_data(data: DataConfig, tokenizer: Any, accelerator: Accelerator, log
                 )
             corpus = _open(data.corpus, data)
             counts = sample_token_counts(corpus, tokenizer)
-            held_out = _store(data.validation, data, tokenizer, log, limit=data.max_validation_sequences)
-            rows = np.arange(len(held_out))
+            held_out = _held_out(data.validation, data, tokenizer, log)
+            rows = _first(held_out, data.max_validation_sequences)
 
             def stream(share: Share, seed: int) -> TokenSource:
                 return StreamBatches(corpus, tokenizer, data.max_length, share, seed)
 
             return PreparedData(tokenizer, facts, counts, held_out, rows, stream, None)
 
-        store = _store(data.corpus, data, tokenizer, log, limit=data.max_sequences)
+        store = _store(data.corpus, data, tokenizer, log, split=data.split, limit=data.max_sequences)
         if data.validation is not None:
-            held_out = _store(data.validation, data, tokenizer, log, limit=data.max_validation_sequences)
-            training_rows, rows = np.arange(len(store)), np.arange(len(held_out))
+            held_out = _held_out(data.validation, data, tokenizer, log)
+            training_rows = _first(store, data.max_sequences)
+            rows = _first(held_out, data.max_validation_sequences)
         else:
             held_out = store
             training_rows, rows = store.split(data.validation_fraction)
+            if data.max_sequences is not None:  # of a prepared store, which may have more
+                training_rows = training_rows[: data.max_sequences]
 
     def stored(share: Share, seed: int) -> TokenSource:
         return StoreBatches(store, training_rows, share, seed)
@@ -185,10 +190,40 @@ def _open(spec: str, data: DataConfig) -> Corpus:
     return open_corpus(spec, text_column=data.text_column, split=data.split, streaming=data.streaming)
 
 
-def _store(spec: str, data: DataConfig, tokenizer: Any, log: RunLog, *, limit: int | None) -> TokenStore:
-    if (Path(spec) / "meta.json").is_file():
+def _require_other_text(data: DataConfig, corpus: str, validation: str) -> None:
+    """Raise `UserError` where what is held out is trained on."""
+    paths = [Path(spec).expanduser().resolve() for spec in (corpus, validation)]
+    if any((path / "meta.json").is_file() for path in paths):  # prepared
+        shared = [corpus] if paths[0] == paths[1] else []
+    else:
+        ours = _open(corpus, data)
+        theirs = open_corpus(validation, text_column=data.text_column, split=data.validation_split)
+        if isinstance(ours, FileCorpus) and isinstance(theirs, FileCorpus):
+            files = {file.resolve() for file in ours.files} & {file.resolve() for file in theirs.files}
+            shared = sorted(map(str, files))
+        else:
+            shared = [corpus] if ours.fingerprint == theirs.fingerprint else []
+    if shared:
+        raise UserError(f"data.validation: {shared[0]} is text that is trained on, too; hold out another")
+
+
+def _held_out(spec: str, data: DataConfig, tokenizer: Any, log: RunLog) -> TokenStore:
+    limit = data.max_validation_sequences
+    return _store(spec, data, tokenizer, log, split=data.validation_split, limit=limit)
+
+
+def _first(store: TokenStore, count: int | None) -> np.ndarray:
+    """The rows of the first `count` sequences; None: all."""
+    return np.arange(len(store))[:count]
+
+
+def _store(
+    spec: str, data: DataConfig, tokenizer: Any, log: RunLog, *, split: str, limit: int | None
+) -> TokenStore:
+    if (Path(spec).expanduser() / "meta.json").is_file():
+        spec = str(Path(spec).expanduser())
         return open_token_store(spec, tokenizer, max_length=data.max_length, pairs=data.sentence_pairs)
-    corpus = open_corpus(spec, text_column=data.text_column, split=data.split, streaming=False)
+    corpus = open_corpus(spec, text_column=data.text_column, split=split, streaming=False)
     log.say(f"reading {spec}")
     if data.sentence_pairs:
         return cached_pair_store(

@@ -99,7 +99,7 @@ def _measure(
     latencies = measure_latency(models, batch_sizes=(1,), length=length)
     results = []
     for name, model in models.items():
-        own = [r for r in records if r["phase"] == name and "tokens" in r]
+        own = _ends(records, _phases_of(name, trained))
         retained = None
         if task is not None and "teacher" in scores:
             whole = mean_score(task, scores["teacher"])
@@ -116,12 +116,26 @@ def _measure(
                 latency_ms=latencies[name][0].p50_ms,
                 latency_p95_ms=latencies[name][0].p95_ms,
                 threads=latencies[name][0].threads,
-                train_steps=own[-1]["step"] if own else None,
-                train_tokens=own[-1]["tokens"] if own else None,
-                train_seconds=own[-1]["seconds"] if own else None,
+                train_steps=sum(r["step"] for r in own) if own else None,
+                train_tokens=sum(r["tokens"] for r in own) if own else None,
+                train_seconds=sum(r["seconds"] for r in own) if own else None,
             )
         )
     return results
+
+
+def _phases_of(name: str, trained: Mapping[str, Path]) -> list[str]:
+    """The phases that led to a model: all stages of a student, the head before the model that has it."""
+    if name not in trained:
+        return []
+    apart = ("teacher", "baseline")
+    return [name] if name in apart else [phase for phase in trained if phase not in apart]
+
+
+def _ends(records: Sequence[dict[str, Any]], phases: Sequence[str]) -> list[dict[str, Any]]:
+    """The last training record of each phase."""
+    ends = {r["phase"]: r for r in records if "tokens" in r}
+    return [ends[phase] for phase in phases if phase in ends]
 
 
 def shown(scores: dict[str, float]) -> list[str]:

@@ -63,6 +63,9 @@ def run(config: RunConfig, resume: bool = False) -> RunResult:
     )
     try:
         _claim_output(config, resume, accelerator)
+    except OSError as error:
+        raise UserError(f"output {config.output}: {error.strerror or error}") from error
+    try:
         try:
             with RunLog(config.output, main=accelerator.is_main_process) as log:
                 kind = TextRun if config.task is None else TaskRun

@@ -100,6 +100,9 @@ class DataConfig(Section):
         default=False, description="read a `datasets` name as a stream instead of downloading it"
     )
     validation: str | None = Field(default=None, description="held-out corpus; None: a share of `corpus`")
+    validation_split: str = Field(
+        default="validation", description="split of `validation`, where it is a folder or a `datasets` name"
+    )
     max_validation_sequences: int | None = Field(
         default=None, ge=1, description="stop reading `validation` here; None: read all"
     )

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import accelerator as torch_accelerator
 
+from fastdistil.errors import UserError
 from fastdistil.train.config import RunConfig, first_difference, read_config
 from fastdistil.train.report import ModelResult, RunResult, formatted, markdown_table, shown, title
 from fastdistil.train.run import CONFIG, run
@@ -20,8 +21,10 @@ def run_seeds(config: RunConfig, count: int, resume: bool = False) -> list[RunRe
     """Run `count` seeds from `config.seed` on, each in `output/seed-<n>`; write the table of all in `output`.
 
     With `resume`, seeds that are finished are read again, one that was interrupted goes on, and the rest are
-    begun. Raises what `run` raises.
+    begun. Raises what `run` raises, and `UserError` where `output` is that of a single run.
     """
+    if (config.output / CONFIG).exists():
+        raise UserError(f"output {config.output} holds a run of one seed: choose another --output")
     runs = []
     for seed in range(config.seed, config.seed + count):
         output = config.output / f"seed-{seed}"

@@ -48,6 +48,16 @@ def test_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(write_l
     assert list(open_corpus(str(tmp_path / "c"))) == ["z", "b", "d"]
 
 
+def test_a_split_may_be_a_folder_of_files(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "part-0.txt").write_text(f"{split} text\n")
+    assert list(open_corpus(str(tmp_path))) == ["train text"]
+    assert list(open_corpus(str(tmp_path), split="test")) == ["test text"]
+    # A folder above them does not count.
+    assert list(open_corpus(str(tmp_path / "test"))) == ["test text"]
+
+
 def test_folder_of_splits_gives_only_the_one_asked_for(tmp_path):
     for split in ("train", "validation"):
         for shard in range(2):

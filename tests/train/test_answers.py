@@ -1,7 +1,9 @@
 """A teacher's answers, asked for once: they are what it says, and a student learns the same from them."""
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +20,7 @@ from fastdistil.data.task_batches import read_task_batch
 from fastdistil.data.task_encoding import encode
 from fastdistil.data.tasks import Examples, find_task
 from fastdistil.train.answers import ask_once
+from fastdistil.train.cache import write_aside
 from fastdistil.train.run import run
 
 
@@ -91,6 +94,32 @@ def test_the_answers_of_another_teacher_are_not_taken_for_this_ones(on_task, fin
     shutil.copytree(finetuned("sst2"), other)
     run(on_task("kd", *keys, teacher=other, output=tmp_path / "three"))
     assert torch.equal(phases["student"]["batches"][0].answers.logits, first)
+
+
+def test_labels_in_another_order_are_another_teacher(on_task, finetuned, tmp_path, phases):
+    """The config alone says so; the weights stay."""
+    keys = (f"data.cache_dir={tmp_path / 'cache'}", "baseline=false")
+    other = tmp_path / "other"
+    shutil.copytree(finetuned("sst2"), other)
+    run(on_task("kd", *keys, teacher=other, output=tmp_path / "one"))
+    first = phases["student"]["batches"][0].answers.logits
+    config = json.loads((other / "config.json").read_text())
+    config["id2label"] = {"0": "positive", "1": "negative"}
+    config["label2id"] = {"positive": 0, "negative": 1}
+    (other / "config.json").write_text(json.dumps(config))
+    run(on_task("kd", *keys, "allow_weak_teacher=true", teacher=other, output=tmp_path / "two"))
+    second = phases["student"]["batches"][0].answers.logits
+    torch.testing.assert_close(second, first.flip(1))
+
+
+def test_what_was_not_written_whole_leaves_nothing(tmp_path):
+    def interrupted(partial: Path) -> None:
+        partial.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_aside(tmp_path / "kind" / "file", interrupted)
+    assert list((tmp_path / "kind").iterdir()) == []
 
 
 def test_the_options_of_a_choice_have_an_answer_each(make_tiny_bert, tmp_path):

@@ -153,6 +153,19 @@ def test_leftovers_and_other_runs_are_no_checkpoints_and_old_ones_go(tmp_path):
     assert newest_checkpoint(tmp_path, "another run") is None
 
 
+def test_a_checkpoint_that_does_not_verify_takes_no_place_of_one_that_does(tmp_path):
+    training = Training(0)
+    for _ in range(2):
+        training.steps(2)
+        training.save(tmp_path, keep=1)
+    (tmp_path / "checkpoint-4").rename(tmp_path / "checkpoint-9")  # damaged: its state says step 4
+    (tmp_path / "checkpoint-9" / "model.safetensors").write_bytes(b"torn")
+    training.steps(1)
+    training.save(tmp_path, keep=1)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    assert newest_checkpoint(tmp_path, "f") == tmp_path / "checkpoint-5"
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_earlier_checkpoint(tmp_path, monkeypatch):
     training = Training(0)
     training.steps(1)

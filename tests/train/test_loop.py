@@ -177,6 +177,26 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(distil):
         assert all(value.isfinite().all() for value in load_file(file).values())
 
 
+def test_ctrl_c_saves_nothing_that_is_not_finite(distil, monkeypatch):
+    """Inside of a step, before the log has read the loss of the one before it."""
+    calls = 0
+    original = fastdistil.train.loop.tap_teacher
+
+    def interrupting(*arguments, **keywords):
+        nonlocal calls
+        if calls == 2 * 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        calls += 1
+        return original(*arguments, **keywords)
+
+    monkeypatch.setattr(fastdistil.train.loop, "tap_teacher", interrupting)
+    seldom = ("run.log_every=100", "run.eval_every=100", "run.checkpoint_every=100")
+    config = distil("optimizer.lr=1e38", "optimizer.max_grad_norm=1e30", *seldom)
+    with pytest.raises(RunError, match=r"not finite within the 4 steps before step 4 .*in another --output"):
+        run(config)
+    assert not list(config.output.rglob("model.safetensors"))
+
+
 @pytest.mark.parametrize("micro_step", [0, 1], ids=["inside a step", "at the end of a step"])
 def test_ctrl_c_saves_a_checkpoint_from_which_the_run_goes_on_exactly(
     distil, tmp_path, monkeypatch, micro_step

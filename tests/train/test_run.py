@@ -2,17 +2,22 @@
 
 import errno
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 import fastdistil.train.run
+from fastdistil.data.corpus import open_corpus
+from fastdistil.data.token_store import cached_token_store
 from fastdistil.errors import RunError, UserError
-from fastdistil.train.config import load_config
-from fastdistil.train.logging import METRICS, read_metrics
+from fastdistil.train.config import RunConfig, load_config
+from fastdistil.train.logging import METRICS, RunLog, read_metrics
 from fastdistil.train.objective_config import describe
+from fastdistil.train.prepare import prepare_data
 from fastdistil.train.run import run
 
 
@@ -185,18 +190,48 @@ def test_mlm_grows_a_head_first_and_then_trains_everything(encoder_folder, corpu
     assert [m.name for m in result.models] == ["model"]
 
 
-def test_a_stream_is_trained_on_without_preparing_it(distil, corpus, monkeypatch):
-    """The hub is not reachable from a test: the documents of a file stand in for its stream."""
-    from fastdistil.data.corpus import open_corpus
+def of_corpus(config: RunConfig, corpus: Path) -> RunConfig:
+    return config.model_copy(update={"data": config.data.model_copy(update={"corpus": str(corpus)})})
 
+
+def test_held_out_text_is_another_split_of_the_folder(distil, corpus, tmp_path):
+    folder, lines = tmp_path / "texts", corpus.read_text().splitlines(keepends=True)
+    folder.mkdir()
+    (folder / "train.txt").write_text("".join(lines[20:]))
+    (folder / "validation.txt").write_text("".join(lines[:20]))
+    config = of_corpus(distil(f"data.validation={folder}"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(config.teacher)
+    with RunLog(tmp_path, main=True) as log:
+        text = prepare_data(config.data, tokenizer, Accelerator(cpu=True), log)
+    lengths = []
+    for split in ("validation", "train"):
+        part = open_corpus(str(folder), split=split)
+        expected = cached_token_store(part, tokenizer, max_length=16, cache_dir=tmp_path)
+        lengths.append(expected.meta.num_tokens)
+    assert text.held_out.meta.num_tokens == lengths[0] < lengths[1]
+
+
+@pytest.mark.parametrize("validation", ["texts", "texts/train.txt", "texts/*.txt"])
+def test_text_that_is_trained_on_is_not_held_out(distil, corpus, tmp_path, validation):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    shutil.copy(corpus, folder / "train.txt")
+    keys = [f"data.validation={tmp_path / validation}", "data.validation_split=train"]
+    with pytest.raises(UserError, match=r"data.validation: .*train.txt is text that is trained on, too"):
+        run(of_corpus(distil(*keys), folder))
+
+
+def test_a_stream_is_trained_on_without_preparing_it(distil, corpus, monkeypatch, tmp_path):
+    """The hub is not reachable from a test: the documents of a file stand in for its stream."""
     opened = []
 
     def fake(spec, **keywords):
-        opened.append((spec, keywords["streaming"]))
-        return open_corpus(str(corpus))
+        opened.append((spec, keywords.get("streaming", False)))
+        return open_corpus(spec)
 
     monkeypatch.setattr(fastdistil.train.prepare, "open_corpus", fake)
-    keys = ["data.streaming=true", f"data.validation={corpus}", "run.steps=2"]
+    held_out = shutil.copy(corpus, tmp_path / "held-out.txt")
+    keys = ["data.streaming=true", f"data.validation={held_out}", "run.steps=2"]
     assert run(distil(*keys)).models[1].train_steps == 2
     assert (str(corpus), True) in opened
 

@@ -127,6 +127,15 @@ def test_seeds_of_another_configuration_are_not_taken_for_these(kd):
         run_seeds(kd("run.steps=2", "baseline=false"), 2)
 
 
+def test_the_results_of_a_single_run_are_left_alone(kd, tmp_path, runs):
+    config = kd(output=tmp_path / "run")
+    config.output.mkdir()
+    (config.output / "config.yaml").write_text(config.to_yaml())
+    with pytest.raises(UserError, match="holds a run of one seed: choose another --output"):
+        run_seeds(config, 2)
+    assert not runs
+
+
 def test_seeds_is_an_option_of_the_command(kd, tasks, task_keys, finetuned, tmp_path, runs, capsys):
     output = tmp_path / "cli"
     keys = [

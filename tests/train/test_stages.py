@@ -46,7 +46,11 @@ def test_each_stage_has_its_folder_and_the_second_starts_from_the_first(tinybert
     assert list(phases) == ["intermediate", "student", "baseline"]
     assert_equal(phases["student"]["weights"], weights(result.output, "intermediate"))
     assert [m.name for m in result.models] == ["teacher", "student", "baseline"]
-    assert [m.train_steps for m in result.models] == [None, 7, 7]
+    # The student's cost is that of both stages.
+    assert [m.train_steps for m in result.models] == [None, 4 + 7, 7]
+    ends = {r["phase"]: r for r in read_metrics(result.output / METRICS) if "tokens" in r}
+    assert result.models[1].train_tokens == ends["intermediate"]["tokens"] + ends["student"]["tokens"]
+    assert result.models[2].train_tokens == ends["baseline"]["tokens"]
     # The baseline is without both stages: it starts where the first one does.
     assert_equal(phases["baseline"]["weights"], phases["intermediate"]["weights"])
     # Nothing of the first stage reads the classifier.
