@@ -99,7 +99,7 @@ def load_tokenizer(source: str | Path, *, masks: bool = True) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(_expanded(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: no tokenizer could be loaded ({_first_line(error)})") from error
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
@@ -110,11 +110,25 @@ def load_tokenizer(source: str | Path, *, masks: bool = True) -> Any:
     return tokenizer
 
 
+# Families that count their positions from behind the padding id.
+_BEHIND_PADDING = ("camembert", "ibert", "longformer", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl")
+
+
 def max_positions(model: Any) -> int:
-    """The longest sequence, in tokens, that the model's positions allow."""
-    positions = model.config.max_position_embeddings
-    # RoBERTa counts its positions from behind the padding id.
-    return positions - model.config.pad_token_id - 1 if model.config.model_type == "roberta" else positions
+    """The longest sequence, in tokens, that the model's positions allow.
+
+    Raises `UserError` for a family without a number of positions, such as T5.
+    """
+    config = model.config
+    positions: int = getattr(config, "max_position_embeddings", 0)
+    if positions < 1:
+        raise UserError(f"{type(model).__name__}: its config names no max_position_embeddings")
+    return positions - config.pad_token_id - 1 if config.model_type in _BEHIND_PADDING else positions
+
+
+def _expanded(source: str | Path) -> str:
+    """A folder may be given from the home folder on: in YAML or behind `--set` no shell expands it."""
+    return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
 
 
 def load_model(
@@ -135,7 +149,7 @@ def load_model(
     try:
         with _quiet():
             model, info = auto.from_pretrained(
-                str(source),
+                _expanded(source),
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,

@@ -155,6 +155,8 @@ def load_config(
         apply_override(plain, override)
     for section, key, text in (("task", "name", task), ("task", "data", data), ("data", "corpus", corpus)):
         if text is not None:
+            if not isinstance(plain.get(section), dict | None):
+                raise UserError(f"{section} is a section of keys, got {plain[section]!r}")
             plain[section] = {**(plain.get(section) or {}), key: text}
     if task is not None:
         plain["task"].setdefault("max_length", find_task(task).usual_length)
@@ -169,7 +171,7 @@ def load_config(
         else:
             plain.setdefault("student", {})["from_model"] = teacher
     name = config.recipe.replace(":", "-") + ("" if config.task is None else f"-{config.task.name}")
-    plain["output"] = str(output or plain.get("output") or Path("runs") / name)
+    plain["output"] = str(Path(output or plain.get("output") or Path("runs") / name).expanduser())
     config = _validate(plain)
     check_complete(config)
     return config

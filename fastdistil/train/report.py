@@ -303,6 +303,10 @@ _TASK_CARDS = {
 }
 
 
+def _is_bilstm(config: RunConfig, result: ModelResult) -> bool:
+    return config.student.architecture == "bilstm" and result.name in ("student", "baseline")
+
+
 def model_card(config: RunConfig, result: ModelResult) -> str:
     """README.md of a model folder."""
     tokens = (result.train_tokens or 0) / 1e6
@@ -333,8 +337,11 @@ def model_card(config: RunConfig, result: ModelResult) -> str:
         lines.append(f"Held-out {measured}: {scores}.")
     if config.paper:
         lines.append(f"Recipe after {config.paper}.")
+    # The class of a BiLSTM is ours.
+    first = "import fastdistil.models.bilstm\n" if _is_bilstm(config, result) else ""
     lines.append(
-        f"```python\nfrom transformers import {auto}, AutoTokenizer\n\n"
+        f"```python\n{first}"
+        f"from transformers import {auto}, AutoTokenizer\n\n"
         f'model = {auto}.from_pretrained("path/to/this/folder")\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
     )

@@ -1,7 +1,7 @@
 """The sections of a run's configuration, but for the objectives'; every key is documented on its field."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -209,12 +209,15 @@ class MaskingConfig(Section):
         return self
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019) or Adadelta (Zeiler 2012)."""
 
     name: Literal["adamw", "adadelta"] = "adamw"
     lr: float = Field(default=5e-4, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.98), description="of AdamW")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.98), description="of AdamW")
     rho: float = Field(default=0.95, gt=0, lt=1, description="of Adadelta")
     eps: float = Field(default=1e-6, gt=0)
     weight_decay: float = Field(default=0.0, ge=0, description="not applied to biases and norms")

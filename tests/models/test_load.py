@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fastdistil.errors import UserError
 from fastdistil.models.bilstm import make_bilstm
-from fastdistil.models.load import load_encoder, load_encoder_with_new_head, load_masked_lm
+from fastdistil.models.load import load_encoder, load_encoder_with_new_head, load_masked_lm, max_positions
 from fastdistil.models.student import check_same_tokenizer
 
 REAL_ENCODER = Path(__file__).parents[3] / "shared" / "models" / "encoder-12x384"
@@ -331,3 +331,35 @@ def test_the_real_encoder_has_no_head_and_grows_one():
     with torch.no_grad():
         loss = torch.logsumexp(model(**batch).logits[0, 6], -1)
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize(
+    "name", ["Bert", "Roberta", "XLMRoberta", "Camembert", "MPNet", "Electra"], ids=str.lower
+)
+def test_the_longest_sequence_is_the_longest_that_runs(name):
+    sizes = {"vocab_size": 20, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(
+        **sizes, intermediate_size=16, max_position_embeddings=12, pad_token_id=1
+    )
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    longest = max_positions(model)
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))
+
+
+def test_a_family_without_a_number_of_positions_is_refused():
+    config = transformers.T5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    with pytest.raises(UserError, match="T5EncoderModel: its config names no max_position_embeddings"):
+        max_positions(transformers.T5EncoderModel(config))
+
+
+def test_a_folder_may_be_given_from_the_home_folder_on(tmp_path, monkeypatch):
+    """Behind --set, where no shell expands it."""
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=16))
+    model.save_pretrained(str(tmp_path / "encoder"))
+    make_tokenizer().save_pretrained(str(tmp_path / "encoder"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found, _ = load_encoder("~/encoder")
+    assert found.config.hidden_size == 16

@@ -2,8 +2,9 @@ import platform
 
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaModel
 
-from fastdistil.models.taps import Wanted, fast_dtype, frozen_copy, tap_teacher
+from fastdistil.models.taps import Wanted, accepted_inputs, fast_dtype, frozen_copy, tap_teacher
 
 
 @pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="flags of x86 CPUs")
@@ -38,3 +39,16 @@ def test_a_frozen_copy_computes_the_same_bits_from_fewer_bytes(tiny_model, tiny_
     after = tiny_model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert frozen_copy(tiny_model, None) is tiny_model
+
+
+def test_a_second_segment_is_not_shown_to_a_model_with_one_type():
+    """RoBERTa's table of token types has one row, which a type of 1 would be beyond."""
+    config = RobertaConfig(
+        vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=20, type_vocab_size=1,
+    )  # fmt: skip
+    model = RobertaModel(config).eval()
+    ids = torch.full((1, 6), 5)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": ids > 0}
+    assert set(accepted_inputs(model, inputs)) == {"input_ids", "attention_mask"}
+    model(**accepted_inputs(model, inputs))

@@ -204,6 +204,12 @@ def test_the_length_of_an_example_is_that_of_its_task(recipe: str, task: str, le
 @pytest.mark.parametrize(
     ("recipe", "overrides", "message"),
     [
+        (
+            "mobilebert",
+            ["optimizer.betas=[1.5, 0.9]"],
+            "optimizer.betas.0: input should be less than 1, got 1.5",
+        ),
+        ("mobilebert", ["data=texts"], "data is a section of keys, got 'texts'"),
         ("mobilebert", ["stages.1.teacher=t2"], "stages.1.teacher: a run on text alone has one teacher"),
         (
             "bilstm",
