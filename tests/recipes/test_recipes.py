@@ -43,6 +43,13 @@ def test_a_recipe_names_itself_its_source_and_fits_the_schema(recipe):
     assert load_recipe(recipe.name).keys() <= {*type(config).model_fields, "tasks", "variants", "grid"}
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.name)
+def test_a_recipe_was_measured(recipe):
+    """There are results of our own, whose page names it."""
+    page = Path(__file__).parents[2] / recipe.measured / "README.md"
+    assert recipe.name in page.read_text(encoding="utf-8")
+
+
 VARIANTS = [(recipe.name, variant) for recipe in RECIPES for variant in recipe.variants]
 
 
