@@ -76,7 +76,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(
         (["kd", "--teacher", "t", "--task", "sst"], "unknown task 'sst'; did you mean 'sst2'?"),
         (
             ["kd:small", "--teacher", "t", "--task", "sst2"],
-            "recipe kd has the variants 3-layers, not 'small'",
+            "recipe kd has the variants 3-layers, alpha-0.2, alpha-0.7, not 'small'",
         ),
         (["mlm", "--teacher", "t", "--corpus", "c", "--task", "sst2"], "recipe mlm reads text, not a task"),
         (

@@ -2,9 +2,9 @@
 
 output/
   compress.json  what is compressed: the folder is ours
-  model/       the result, with its model card
-  models/      what leads to it (see chain)
-  result.json  what is shown
+  model/         the result, with its model card
+  models/        what leads to it (see chain)
+  result.json    what is shown
 """
 
 import shlex

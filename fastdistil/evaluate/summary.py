@@ -141,7 +141,9 @@ def summarize(
         UserError: model or corpus cannot be read, or do not fit each other.
     """
     if corpus is None:
-        return _summary(source, load(source, dtype=None if is_compressed(source) else torch.float32), None)
+        model = load(source, dtype=None if is_compressed(source) else torch.float32)
+        _length(source, model, max_length, LENGTH)
+        return _summary(source, model, None)
     model, tokenizer = load_masked_lm(source, next_sentence=True)
     length = _length(source, model, max_length, LENGTH)
     if (Path(corpus) / "meta.json").is_file():

@@ -151,7 +151,7 @@ def accepted_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tenso
     A RoBERTa takes them but has a single one, which they would be beyond in a second segment.
     """
     names = set(inspect.signature(model.base_model.forward).parameters)
-    if getattr(model.config, "type_vocab_size", 2) == 1:
+    if getattr(getattr(model, "config", None), "type_vocab_size", 2) == 1:
         names.discard("token_type_ids")
     return {name: value for name, value in inputs.items() if name in names}
 

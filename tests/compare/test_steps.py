@@ -82,7 +82,7 @@ def test_a_chain_in_a_file_is_the_one_that_its_name_would_be(tmp_path: Path) -> 
     [
         ("prune-fnn", [], r"unknown method 'prune-fnn': did you mean prune-ffn\?"),
         ("quickstart", [], "unknown method 'quickstart'"),
-        ("kd:5-layers", [], "recipe kd has the variants 3-layers, not '5-layers'"),
+        ("kd:5-layers", [], "recipe kd has the variants 3-layers, alpha-0.2, alpha-0.7, not '5-layers'"),
         ("prune-magnitude:1.0", [], r"prune-magnitude.sparsity: .* less than 1, got 1.0"),
         ("prune-magnitude:-0.1", [], r"prune-magnitude.sparsity: .* 0, got -0.1"),
         ("prune-ffn", ["prune-ffn.ration=0.5"], r"unknown option prune-ffn.ration: did you mean ratio\?"),
