@@ -13,11 +13,12 @@ tokens (Men et al. 2024, "ShortGPT", section 2.2, block influence).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastdistil.compress.blocks import Block
 from fastdistil.compress.method import Calibration
@@ -186,8 +187,9 @@ def _layer_turns(model: Any, layers: Sequence[nn.Module], calibration: Calibrati
     return total / tokens
 
 
-@contextmanager
-def _changed(layers: Sequence[nn.Module], change: Callable[[int, Tensor, Tensor], Tensor]) -> Iterator[None]:
+def _changed(
+    layers: Sequence[nn.Module], change: Callable[[int, Tensor, Tensor], Tensor]
+) -> AbstractContextManager[None]:
     """With what each layer returns passed through `change`, beside the states that it was given."""
 
     def hook(index: int) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
@@ -198,20 +200,16 @@ def _changed(layers: Sequence[nn.Module], change: Callable[[int, Tensor, Tensor]
 
         return changed
 
-    handles = [layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return _registered([layer.register_forward_hook(hook(index)) for index, layer in enumerate(layers)])
 
 
 def _count(block: Block, group: Group) -> int:
     return block.num_heads if group == "heads" else block.num_neurons
 
 
-@contextmanager
-def _hooked(blocks: Sequence[Block], group: Group, change: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
+def _hooked(
+    blocks: Sequence[Block], group: Group, change: Callable[[int, Tensor], Tensor]
+) -> AbstractContextManager[None]:
     """With what the output matrices read, heads' outputs or neurons, passed through `change`."""
 
     def hook(index: int) -> Callable[[nn.Module, tuple[Tensor]], tuple[Tensor]]:
@@ -221,6 +219,12 @@ def _hooked(blocks: Sequence[Block], group: Group, change: Callable[[int, Tensor
     for index, block in enumerate(blocks):
         name = block.names.attention_output if group == "heads" else block.names.ffn_output
         handles.append(block.part(name).register_forward_pre_hook(hook(index)))
+    return _registered(handles)
+
+
+@contextmanager
+def _registered(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """With these hooks, which are removed behind it."""
     try:
         yield
     finally:

@@ -211,10 +211,8 @@ def example_inputs(model: Any, batch_size: int, length: int) -> dict[str, Tensor
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch_size, length), generator=generator).to(model.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    # RoBERTa takes token types but has a single one; a BiLSTM, which embeds none, does not count them.
-    if getattr(model.config, "type_vocab_size", 2) > 1:
-        second = torch.arange(length, device=ids.device) >= length // 2
-        inputs["token_type_ids"] = second.long().expand_as(ids)
+    second = torch.arange(length, device=ids.device) >= length // 2
+    inputs["token_type_ids"] = second.long().expand_as(ids)
     return accepted_inputs(model, inputs)
 
 

@@ -148,10 +148,11 @@ def answered(logits: Tensor, first: Tensor | None, layers: Sequence[int]) -> Tap
 def accepted_inputs(model: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of `inputs` that the model's encoder takes: a DistilBERT takes no token types, for example.
 
-    A RoBERTa takes them but has a single one, which they would be beyond in a second segment.
+    A RoBERTa takes them but has a single one, which those of a second segment would be beyond. A BiLSTM,
+    which embeds none, does not count them.
     """
     names = set(inspect.signature(model.base_model.forward).parameters)
-    if getattr(getattr(model, "config", None), "type_vocab_size", 2) == 1:
+    if getattr(getattr(model, "config", None), "type_vocab_size", 2) < 2:
         names.discard("token_type_ids")
     return {name: value for name, value in inputs.items() if name in names}
 

@@ -142,7 +142,8 @@ def load_config(
     plain = load_recipe(name)
     plain.setdefault("recipe", Path(name).stem)
     task = _named_task(plain, overrides) if task is None else task
-    task = None if task is None else find_task(task).name  # however it is spelt
+    found = None if task is None else find_task(task)
+    task = None if found is None else found.name  # however it is spelt
     tasks = plain.get("tasks") or {}
     changes = [*tasks.get(task, {}).items(), *(for_variant(plain, variant).items() if variant else ())]
     if variant:
@@ -158,8 +159,8 @@ def load_config(
             if not isinstance(plain.get(section), dict | None):
                 raise UserError(f"{section} is a section of keys, got {plain[section]!r}")
             plain[section] = {**(plain.get(section) or {}), key: text}
-    if task is not None:
-        plain["task"].setdefault("max_length", find_task(task).usual_length)
+    if found is not None:
+        plain["task"].setdefault("max_length", found.usual_length)
     config = _validate(plain)
     if teacher is not None:
         if config.new_teacher is not None:

@@ -105,7 +105,7 @@ def prepare_data(data: DataConfig, tokenizer: Any, accelerator: Accelerator, log
             corpus = _open(data.corpus, data)
             counts = sample_token_counts(corpus, tokenizer)
             held_out = _held_out(data.validation, data, tokenizer, log)
-            rows = _first(held_out, data.max_validation_sequences)
+            rows = np.arange(len(held_out))[: data.max_validation_sequences]
 
             def stream(share: Share, seed: int) -> TokenSource:
                 return StreamBatches(corpus, tokenizer, data.max_length, share, seed)
@@ -115,13 +115,12 @@ def prepare_data(data: DataConfig, tokenizer: Any, accelerator: Accelerator, log
         store = _store(data.corpus, data, tokenizer, log, split=data.split, limit=data.max_sequences)
         if data.validation is not None:
             held_out = _held_out(data.validation, data, tokenizer, log)
-            training_rows = _first(store, data.max_sequences)
-            rows = _first(held_out, data.max_validation_sequences)
+            training_rows, rows = np.arange(len(store)), np.arange(len(held_out))
+            rows = rows[: data.max_validation_sequences]
         else:
             held_out = store
             training_rows, rows = store.split(data.validation_fraction)
-            if data.max_sequences is not None:  # of a prepared store, which may have more
-                training_rows = training_rows[: data.max_sequences]
+        training_rows = training_rows[: data.max_sequences]  # a prepared store may have more
 
     def stored(share: Share, seed: int) -> TokenSource:
         return StoreBatches(store, training_rows, share, seed)
@@ -210,11 +209,6 @@ def _require_other_text(data: DataConfig, corpus: str, validation: str) -> None:
 def _held_out(spec: str, data: DataConfig, tokenizer: Any, log: RunLog) -> TokenStore:
     limit = data.max_validation_sequences
     return _store(spec, data, tokenizer, log, split=data.validation_split, limit=limit)
-
-
-def _first(store: TokenStore, count: int | None) -> np.ndarray:
-    """The rows of the first `count` sequences; None: all."""
-    return np.arange(len(store))[:count]
 
 
 def _store(
