@@ -76,7 +76,8 @@ struct Rows {
 
   Rows(const Tensor& tensor, const char* name) : dtype(dtype_of(tensor, name)) {
     STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
-    STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1, "the rows of ", name, " must be contiguous");
+    STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.size(1) <= 1 || tensor.numel() == 0, "the rows of ", name,
+                    " must be contiguous");
     data = static_cast<char*>(tensor.data_ptr());
     pitch = tensor.stride(0) * static_cast<int64_t>(tensor.element_size());
   }

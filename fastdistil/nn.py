@@ -62,6 +62,11 @@ class LinearKDLoss(_VocabularyLoss):
     """`functional.linear_kd_loss` as a module. The vocabulary matrices belong to the models and are passed to
     each call."""
 
+    def __init__(self, *, chunk_size: int | None = None, **settings: Any) -> None:
+        super().__init__(**settings)
+        checks.check_chunk_size(chunk_size)
+        self.settings["chunk_size"] = chunk_size
+
     def forward(
         self,
         student_hidden: Tensor,  # (..., Ds)

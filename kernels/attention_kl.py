@@ -1,8 +1,9 @@
 """KL(teacher || student) of attention distributions and its gradient, without a map of either.
 
 Forward: one pass over tiles of keys with the online softmax of both models. Backward: scores are computed
-again from each row's logsumexp, once for the gradient of the queries and once for that of the keys, so that
-no program adds to what another one writes. README.md derives the formulas.
+again, and made probabilities by each row's origin and sum of exponentials, once for the gradient of the
+queries and once for that of the keys, so that no program adds to what another one writes. README.md derives
+the formulas.
 """
 
 from __future__ import annotations
@@ -33,9 +34,6 @@ from fastdistil.kernels.head_tiles import (
 from fastdistil.kernels.online_softmax import LOG2E
 
 LN2 = tl.constexpr(math.log(2.0))
-# The first has 9 bits, so that its product with a whole number below 2 ** 15 is exact.
-LN2_HIGH = tl.constexpr(0.693359375)
-LN2_LOW = tl.constexpr(math.log(2.0) - 0.693359375)
 # The score of a pair that does not count, and the first origin: finite, so that differences of two are 0.
 LOWEST = tl.constexpr(-1e30)
 
@@ -50,7 +48,7 @@ def _move_origin(origin, x):
     return moved, tl.exp2(origin - moved)
 
 
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def attention_kl_fwd_kernel(
     student_q,  # (B, H, L, DS)
     student_k,  # (B, H, L, DS)
@@ -60,10 +58,11 @@ def attention_kl_fwd_kernel(
     key_flags,  # (B, L)
     pair_flags,  # (B, L, L)
     kl,  # (B, H, L), out
-    student_lse,  # (B, H, L), out
-    teacher_lse,  # (B, H, L), out
+    student_softmax,  # (2, B, H, L), out: origins and sums of exponentials from there
+    teacher_softmax,  # (2, B, H, L), out
     student_scale: tl.float64,  # as a float32, it would cost a float64 loss its precision
     teacher_scale: tl.float64,
+    rows,  # B * H * L
     heads,  # H
     L,
     student_q_batch,  # strides
@@ -157,24 +156,13 @@ def attention_kl_fwd_kernel(
     out = (sequence * heads + head) * L + row
     within = row < L
     tl.store(kl + out, tl.where(query, (difference / sum_t + (log_s - log_t)) * LN2, 0.0), mask=within)
-    lse_s = origin_s * LN2_HIGH + (origin_s * LN2_LOW + log_s * LN2)
-    lse_t = origin_t * LN2_HIGH + (origin_t * LN2_LOW + log_t * LN2)
-    tl.store(student_lse + out, tl.where(query, lse_s, 0.0), mask=within)
-    tl.store(teacher_lse + out, tl.where(query, lse_t, 0.0), mask=within)
+    tl.store(student_softmax + out, tl.where(query, origin_s, 0.0), mask=within)
+    tl.store(teacher_softmax + out, tl.where(query, origin_t, 0.0), mask=within)
+    tl.store(student_softmax + rows + out, sum_s, mask=within)
+    tl.store(teacher_softmax + rows + out, sum_t, mask=within)
 
 
-@triton.jit
-def _origin_of(lse):
-    return tl.ceil(lse * LOG2E)
-
-
-@triton.jit
-def _factor_of(lse, origin):
-    """exp(x - lse) is this times 2 ** (x * log2(e) - origin), and no rounding of lse * log2(e) enters."""
-    return tl.exp2(((origin * LN2_HIGH - lse) + origin * LN2_LOW) * LOG2E)
-
-
-@triton.jit(do_not_specialize=["heads"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def attention_kl_bwd_kernel(
     weight,  # (B, H, L)
     student_own,  # (B, H, L, DS), the queries or the keys: those whose gradient this is
@@ -184,13 +172,14 @@ def attention_kl_bwd_kernel(
     own_flags,  # (B, L)
     other_flags,  # (B, L)
     pair_flags,  # (B, L, L)
-    student_lse,  # (B, H, L)
-    teacher_lse,  # (B, H, L)
-    student_factor,  # (B, H, L): weight times _factor_of(lse), left by the queries' launch for the keys'
+    student_softmax,  # (2, B, H, L), from the forward
+    teacher_softmax,  # (2, B, H, L)
+    student_factor,  # (B, H, L): weight / sum, left by the queries' launch for the keys'
     teacher_factor,  # (B, H, L)
     grad,  # (B, H, L, DS), out
     student_scale: tl.float64,
     teacher_scale: tl.float64,
+    rows,  # B * H * L
     heads,  # H
     L,
     student_own_batch,  # strides
@@ -235,8 +224,8 @@ def attention_kl_bwd_kernel(
     teacher_others = teacher_other + sequence * teacher_other_batch + head * teacher_other_head
     line = (sequence * heads + head) * L
     weight += line
-    student_lse += line
-    teacher_lse += line
+    student_softmax += line
+    teacher_softmax += line
     student_factor += line
     teacher_factor += line
 
@@ -254,10 +243,10 @@ def attention_kl_bwd_kernel(
     scale_s = scale * LOG2E
     scale_t = tl.full([], teacher_scale, ACC) * LOG2E
     if not OWN_ARE_KEYS:
-        lse_s = tl.load(student_lse + row, mask=row < L, other=0.0)
-        lse_t = tl.load(teacher_lse + row, mask=row < L, other=0.0)
-        origin_s, origin_t = _origin_of(lse_s), _origin_of(lse_t)
-        factor_s, factor_t = _factor_of(lse_s, origin_s), _factor_of(lse_t, origin_t)
+        origin_s = tl.load(student_softmax + row, mask=row < L, other=0.0)
+        origin_t = tl.load(teacher_softmax + row, mask=row < L, other=0.0)
+        factor_s = 1 / tl.load(student_softmax + rows + row, mask=row < L, other=1.0)
+        factor_t = 1 / tl.load(teacher_softmax + rows + row, mask=row < L, other=1.0)
         row_weight = tl.load(weight + row, mask=row < L, other=0.0)
         tl.store(student_factor + row, row_weight * factor_s, mask=row < L)
         tl.store(teacher_factor + row, row_weight * factor_t, mask=row < L)
@@ -279,8 +268,8 @@ def attention_kl_bwd_kernel(
         if OWN_ARE_KEYS:
             # Not masked by the flags, so that neighbours load together.
             within = column < L
-            origin_s = _origin_of(tl.load(student_lse + column, mask=within, other=0.0))[None, :]
-            origin_t = _origin_of(tl.load(teacher_lse + column, mask=within, other=0.0))[None, :]
+            origin_s = tl.load(student_softmax + column, mask=within, other=0.0)[None, :]
+            origin_t = tl.load(teacher_softmax + column, mask=within, other=0.0)[None, :]
             factor_s = tl.load(student_factor + column, mask=within, other=0.0)[None, :]
             factor_t = tl.load(teacher_factor + column, mask=within, other=0.0)[None, :]
         p_s = tl.exp2(product(own_s, tl.trans(other_s), STUDENT_DOT, ACC) * scale_s - origin_s) * factor_s
@@ -361,9 +350,9 @@ def attention_kl_fwd(
     batch, heads, length, _ = student_q.shape
     accumulator = torch.float64 if student_q.dtype is torch.float64 else torch.float32
     kl = torch.empty(batch, heads, length, dtype=accumulator, device=student_q.device)
-    student_lse, teacher_lse = torch.empty_like(kl), torch.empty_like(kl)
+    student_softmax, teacher_softmax = kl.new_empty(2, *kl.shape), kl.new_empty(2, *kl.shape)
     if kl.numel() == 0:
-        return kl, student_lse, teacher_lse
+        return kl, student_softmax, teacher_softmax
     kind, query_flags, key_flags, pair_flags = mask_flags(mask)
     queries, keys, settings = _settings(student_q, student_k, teacher_q, teacher_k, own_are_keys=False)
     with torch.cuda.device(student_q.device) if student_q.is_cuda else contextlib.nullcontext():
@@ -376,10 +365,11 @@ def attention_kl_fwd(
             key_flags,
             pair_flags,
             kl,
-            student_lse,
-            teacher_lse,
+            student_softmax,
+            teacher_softmax,
             student_scale,
             teacher_scale,
+            kl.numel(),
             heads,
             length,
             *student_q.stride()[:3],
@@ -395,7 +385,7 @@ def attention_kl_fwd(
             KEYS=keys,
             **settings,
         )
-    return kl, student_lse, teacher_lse
+    return kl, student_softmax, teacher_softmax
 
 
 def attention_kl_bwd(
@@ -405,8 +395,8 @@ def attention_kl_bwd(
     teacher_q: Tensor,  # (B, H, L, dt)
     teacher_k: Tensor,  # (B, H, L, dt)
     mask: Tensor | None,  # (B, L) or (B, L, L)
-    student_lse: Tensor,  # (B, H, L)
-    teacher_lse: Tensor,  # (B, H, L)
+    student_softmax: Tensor,  # (2, B, H, L)
+    teacher_softmax: Tensor,  # (2, B, H, L)
     student_scale: float,
     teacher_scale: float,
 ) -> tuple[Tensor, Tensor]:
@@ -414,7 +404,7 @@ def attention_kl_bwd(
     if grad_q.numel() == 0:
         return grad_q, grad_k
     kind, query_flags, key_flags, pair_flags = mask_flags(mask)
-    rows = (student_lse, teacher_lse, torch.empty_like(student_lse), torch.empty_like(student_lse))
+    rows = (student_softmax, teacher_softmax, torch.empty_like(weight), torch.empty_like(weight))
     scales = (student_scale, teacher_scale)
     queries = (student_q, student_k, teacher_q, teacher_k)
     keys = (student_k, student_q, teacher_k, teacher_q)
@@ -429,7 +419,7 @@ def _launch_bwd(
     weight: Tensor,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],  # student's own and other, teacher's own and other
     flags: tuple[Tensor | None, Tensor | None, Tensor | None],  # own, other, pairs
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],  # logsumexp of both models, factors of both models
+    rows: tuple[Tensor, Tensor, Tensor, Tensor],  # softmax numbers of both models, factors of both models
     scales: tuple[float, float],
     kind: int,
     own_are_keys: bool,
@@ -444,6 +434,7 @@ def _launch_bwd(
         *rows,
         grad,
         *scales,
+        weight.numel(),
         heads,
         length,
         *student_own.stride()[:3],

@@ -13,7 +13,8 @@ struct Heads {
   int64_t d;
 
   Heads(const Tensor& tensor, const char* name) : dtype(dtype_of(tensor, name)), d(tensor.size(3)) {
-    STD_TORCH_CHECK(tensor.stride(3) == 1 || d <= 1, "the last dimension of ", name, " must be contiguous");
+    STD_TORCH_CHECK(tensor.stride(3) == 1 || d <= 1 || tensor.numel() == 0, "the last dimension of ", name,
+                    " must be contiguous");
     const int64_t size = static_cast<int64_t>(tensor.element_size());
     data = static_cast<char*>(tensor.data_ptr());
     batch = tensor.stride(0) * size;

@@ -43,6 +43,18 @@ AttentionKlHead head_of(const AttentionInputs& in, const CountedTokens& counted,
   return head;
 }
 
+// The maxima and the sums of the rows from this one on.
+SoftmaxRows softmax_rows(const Tensor& softmax, int64_t row) {
+  return {element_of(softmax, row), element_of(softmax, softmax.numel() / 2 + row)};
+}
+
+void check_softmax(const Tensor& softmax, const AttentionInputs& in, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(softmax.scalar_type() == dtype && softmax.dim() == 4 && softmax.size(0) == 2 &&
+                      softmax.size(1) == in.B && softmax.size(2) == in.H && softmax.size(3) == in.L &&
+                      softmax.is_contiguous(),
+                  name, " must be (2, B, H, L), contiguous and of the accumulation dtype");
+}
+
 int64_t scratch_bytes(const AttentionInputs& in, size_t acc_size) {
   return attention_kl_scratch(in.L, in.student_q.d, in.teacher_q.d) * static_cast<int64_t>(acc_size);
 }
@@ -64,10 +76,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_fwd(const Tensor& student_q,    
   const CountedTokens counted(mask, in.B, in.L);
   const ScalarType acc = accumulation_type(student_q);
   Tensor kl = empty({in.B, in.H, in.L}, acc);
-  Tensor student_lse = empty({in.B, in.H, in.L}, acc);
-  Tensor teacher_lse = empty({in.B, in.H, in.L}, acc);
+  Tensor student_softmax = empty({2, in.B, in.H, in.L}, acc);
+  Tensor teacher_softmax = empty({2, in.B, in.H, in.L}, acc);
   if (mask.has_value()) {
-    for (Tensor* rows : {&kl, &student_lse, &teacher_lse}) torch::stable::zero_(*rows);
+    for (Tensor* rows : {&kl, &student_softmax, &teacher_softmax}) torch::stable::zero_(*rows);
   }
   const bool is_double = acc == ScalarType::Double;
   const auto forward = is_double ? kernels().attention_kl_forward_double : kernels().attention_kl_forward_float;
@@ -75,9 +87,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_kl_fwd(const Tensor& student_q,    
                 [&](int64_t, const Task& task, void* scratch) {
                   const int64_t row = (task.b * in.H + task.h) * in.L;
                   forward(head_of(in, counted, task, student_scale, teacher_scale),
-                          {element_of(kl, row), element_of(student_lse, row), element_of(teacher_lse, row)}, scratch);
+                          {element_of(kl, row), softmax_rows(student_softmax, row), softmax_rows(teacher_softmax, row)},
+                          scratch);
                 });
-  return {kl, student_lse, teacher_lse};
+  return {kl, student_softmax, teacher_softmax};
 }
 
 // Adds up the parts of one head's grad_k in their order, and writes it in the gradient's dtype.
@@ -104,15 +117,15 @@ std::tuple<Tensor, Tensor> attention_kl_bwd(const Tensor& weight,               
                                             const Tensor& teacher_q,             // (B, H, L, dt)
                                             const Tensor& teacher_k,             // (B, H, L, dt)
                                             const std::optional<Tensor>& mask,   // (B, L) or (B, L, L) bool
-                                            const Tensor& student_lse,           // (B, H, L)
-                                            const Tensor& teacher_lse,           // (B, H, L)
+                                            const Tensor& student_softmax,       // (2, B, H, L)
+                                            const Tensor& teacher_softmax,       // (2, B, H, L)
                                             double student_scale, double teacher_scale) {
   const AttentionInputs in(student_q, student_k, teacher_q, teacher_k);
   const CountedTokens counted(mask, in.B, in.L);
   const ScalarType acc = accumulation_type(student_q);
   check_rows(weight, in, acc, "weight");
-  check_rows(student_lse, in, acc, "student_lse");
-  check_rows(teacher_lse, in, acc, "teacher_lse");
+  check_softmax(student_softmax, in, acc, "student_softmax");
+  check_softmax(teacher_softmax, in, acc, "teacher_softmax");
   Tensor grad_q = torch::stable::empty_like(student_q);
   Tensor grad_k = torch::stable::empty_like(student_k);
   if (mask.has_value()) {
@@ -144,8 +157,8 @@ std::tuple<Tensor, Tensor> attention_kl_bwd(const Tensor& weight,               
     part.resize(counted.keys(task.b).size() * static_cast<size_t>(width * acc_size));
     AttentionKlGrads grads{};
     grads.weight = element_of(weight, row);
-    grads.student_lse = element_of(student_lse, row);
-    grads.teacher_lse = element_of(teacher_lse, row);
+    grads.student = softmax_rows(student_softmax, row);
+    grads.teacher = softmax_rows(teacher_softmax, row);
     grads.grad_q = grads_q.mutable_at(task.b, task.h);
     grads.grad_k = part.data();
     backward(head_of(in, counted, task, student_scale, teacher_scale), grads, scratch);

@@ -4,7 +4,7 @@
 //   KL = sum_j p_t (log p_t - log p_s),   d KL / d s_j = p_s - p_t
 //
 // Forward: tiles of scores, each folded into the row's running maxima and sums (online softmax of both models at once).
-// Backward: the same tiles again, turned into probabilities by the logsumexp of the row.
+// Backward: the same tiles again, turned into probabilities by the row's maximum and sum.
 #pragma once
 
 #include "tiles.h"
@@ -128,27 +128,36 @@ void attention_kl_forward(const AttentionKlHead& head, const AttentionKlRows& ou
       const KlRow& row = states[i];
       const double log_s = __builtin_log(row.sum_s), log_t = __builtin_log(row.sum_t);
       static_cast<Acc*>(out.kl)[token] = static_cast<Acc>(row.product / row.sum_t - log_t + log_s);
-      static_cast<Acc*>(out.student_lse)[token] = static_cast<Acc>(row.max_s + log_s);
-      static_cast<Acc*>(out.teacher_lse)[token] = static_cast<Acc>(row.max_t + log_t);
+      static_cast<Acc*>(out.student.max)[token] = static_cast<Acc>(row.max_s);
+      static_cast<Acc*>(out.student.sum)[token] = static_cast<Acc>(row.sum_s);
+      static_cast<Acc*>(out.teacher.max)[token] = static_cast<Acc>(row.max_t);
+      static_cast<Acc*>(out.teacher.sum)[token] = static_cast<Acc>(row.sum_t);
     }
   }
 }
 
+// The softmax of one query, times its weight.
+template <class Acc>
+struct WeightedSoftmax {
+  Acc max, factor;
+
+  WeightedSoftmax(const SoftmaxRows& rows, int64_t token, Acc weight)
+      : max(static_cast<const Acc*>(rows.max)[token]), factor(weight / static_cast<const Acc*>(rows.sum)[token]) {}
+
+  FASTDISTIL_INLINE Vec<Acc> operator()(Vec<Acc> score) const { return exp_nonpositive(score - max) * factor; }
+};
+
 // s becomes weight * (p_s - p_t), n elements of one query.
 template <class Acc>
-FASTDISTIL_INLINE void difference_row(Acc* s, const Acc* t, int64_t n, Acc lse_s, Acc lse_t, Acc weight) {
+FASTDISTIL_INLINE void difference_row(Acc* s, const Acc* t, int64_t n, const WeightedSoftmax<Acc>& student,
+                                      const WeightedSoftmax<Acc>& teacher) {
   constexpr int W = Lanes<Acc>::count;
-  for (int64_t j = 0; j < n; j += W) {
-    const Vec<Acc> p = exp_nonpositive(load(s + j) - lse_s), q = exp_nonpositive(load(t + j) - lse_t);
-    store<Acc>(s + j, weight * (p - q));
-  }
+  for (int64_t j = 0; j < n; j += W) store<Acc>(s + j, student(load(s + j)) - teacher(load(t + j)));
 }
 
 template <class Acc>
 void attention_kl_backward(const AttentionKlHead& head, const AttentionKlGrads& grads, void* memory) {
   TileScratch<Acc> scratch(memory);
-  const Acc* lse_s = static_cast<const Acc*>(grads.student_lse);
-  const Acc* lse_t = static_cast<const Acc*>(grads.teacher_lse);
   const Acc* weight = static_cast<const Acc*>(grads.weight);
   PackedHead<Acc> packed(head.student_q, head.student_k, head.teacher_q, head.teacher_k, head.student_scale,
                          head.teacher_scale, head.queries, head.num_queries, head.keys, head.num_keys, scratch);
@@ -156,7 +165,8 @@ void attention_kl_backward(const AttentionKlHead& head, const AttentionKlGrads& 
     exclude_pairs(head, first, rows, key, n, s, t);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t token = head.queries[first + i];
-      difference_row(s + i * kTileKeys, t + i * kTileKeys, n, lse_s[token], lse_t[token], weight[token]);
+      difference_row<Acc>(s + i * kTileKeys, t + i * kTileKeys, n, {grads.student, token, weight[token]},
+                          {grads.teacher, token, weight[token]});
     }
     packed.add_gradients(first, rows, key, s, static_cast<Acc*>(grads.grad_k));
   });

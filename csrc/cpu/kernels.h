@@ -99,19 +99,23 @@ struct AttentionKlHead {
   int64_t L;
 };
 
-// (L,) each, in the accumulation type.
+// What turns a row's scores into probabilities: exp(score - max) / sum. (L,) each, in the accumulation type. Their one
+// number max + log(sum) would not do: its rounding, which grows with the scores, would be common to a row.
+struct SoftmaxRows {
+  void* max;
+  void* sum;
+};
+
 struct AttentionKlRows {
-  void* kl;
-  void* student_lse;
-  void* teacher_lse;
+  void* kl;  // (L,) in the accumulation type
+  SoftmaxRows student, teacher;
 };
 
 struct AttentionKlGrads {
-  const void* weight;       // (L,) in the accumulation type
-  const void* student_lse;  // (L,)
-  const void* teacher_lse;  // (L,)
-  MutableTokens grad_q;     // written at the queries of the task
-  void* grad_k;             // (num_keys, pad_to(ds, kPad)) in the accumulation type, written
+  const void* weight;  // (L,) in the accumulation type
+  SoftmaxRows student, teacher;
+  MutableTokens grad_q;  // written at the queries of the task
+  void* grad_k;          // (num_keys, pad_to(ds, kPad)) in the accumulation type, written
 };
 
 // The scratch of one thread in elements of the accumulation type, for up to L queries and keys.

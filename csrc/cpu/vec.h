@@ -127,7 +127,7 @@ FASTDISTIL_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f);
   p = p * square + r + 1.0f;
   const V result = (V)((Bits)p + ((Bits)shifted << 23));
-  return x < kLowest<float> ? V{} : result;
+  return x < kLowest<float> ? V{} : x == x ? result : x;  // the shift may make a number of a NaN's bits
 }
 
 FASTDISTIL_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
@@ -155,7 +155,8 @@ FASTDISTIL_INLINE Vec<float> log_near_one(Vec<float> x, Vec<float> x_minus_one) 
   V y = p * g * square;
   y = y + e * -2.12194440e-4f;
   y = y - 0.5f * square;
-  return g + y + e * 0.693359375f;
+  const V result = g + y + e * 0.693359375f;
+  return x == x ? result : x;  // as above
 }
 
 FASTDISTIL_INLINE Vec<double> log_near_one(Vec<double> x, Vec<double> x_minus_one) {

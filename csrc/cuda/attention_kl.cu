@@ -70,6 +70,20 @@ void check_like(const Tensor& tensor, const char* name, const Tensor& like, int 
   }
 }
 
+template <class Float>
+SoftmaxRows<Float> softmax_rows(Float* data, const AttentionKl& p) {
+  return {data, data + p.B * p.H * p.L};
+}
+
+SoftmaxRows<const float> softmax_of(const Tensor& tensor, const char* name, const AttentionKl& p) {
+  STD_TORCH_CHECK(tensor.dim() == 4 && tensor.size(0) == 2 && tensor.size(1) == p.B && tensor.size(2) == p.H &&
+                      tensor.size(3) == p.L,
+                  name, " must have shape (2, B, H, L)");
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float && tensor.is_contiguous(), name,
+                  " must be float32 and contiguous");
+  return softmax_rows(static_cast<const float*>(tensor.const_data_ptr()), p);
+}
+
 const float* numbers_of(const Tensor& tensor, const char* name, const Tensor& student_q) {
   STD_TORCH_CHECK(tensor.dim() == 3, name, " must have shape (B, H, L), got ", tensor.dim(), " dimensions");
   check_like(tensor, name, student_q, 3, "student_q");
@@ -147,16 +161,18 @@ std::tuple<Tensor, Tensor, Tensor> fwd(const Tensor& student_q,            // (B
                                        double student_scale, double teacher_scale) {
   const torch::stable::accelerator::DeviceGuard guard(student_q.get_device_index());
   const Call call = check(student_q, student_k, teacher_q, teacher_k, mask, student_scale, teacher_scale);
-  const std::array<int64_t, 3> size{call.problem.B, call.problem.H, call.problem.L};
-  const auto rows = [&] {
-    return torch::stable::new_empty(student_q, {size.data(), size.size()}, ScalarType::Float);
+  const AttentionKl& p = call.problem;
+  const std::array<int64_t, 4> size{2, p.B, p.H, p.L};
+  const auto numbers = [&](int from) {
+    return torch::stable::new_empty(student_q, {size.data() + from, size.size() - from}, ScalarType::Float);
   };
-  Tensor kl = rows(), student_lse = rows(), teacher_lse = rows();
-  if (block_count(call.problem) == 0) return {kl, student_lse, teacher_lse};
+  Tensor kl = numbers(1), student_softmax = numbers(0), teacher_softmax = numbers(0);
+  if (block_count(p) == 0) return {kl, student_softmax, teacher_softmax};
   const auto data = [](Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); };
-  const AttentionKlResults results{data(kl), data(student_lse), data(teacher_lse)};
+  const AttentionKlResults results{data(kl), softmax_rows(data(student_softmax), p),
+                                   softmax_rows(data(teacher_softmax), p)};
   STD_CUDA_CHECK(attention_kl_fwd(call.problem, results, call.compute, current_stream(student_q)));
-  return {kl, student_lse, teacher_lse};
+  return {kl, student_softmax, teacher_softmax};
 }
 
 std::tuple<Tensor, Tensor> bwd(const Tensor& weight,               // (B, H, L)
@@ -165,15 +181,15 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& weight,               // (B, H, L)
                                const Tensor& teacher_q,            // (B, H, L, dt)
                                const Tensor& teacher_k,            // (B, H, L, dt)
                                const std::optional<Tensor>& mask,  // (B, L) or (B, L, L) bool
-                               const Tensor& student_lse,          // (B, H, L)
-                               const Tensor& teacher_lse,          // (B, H, L)
+                               const Tensor& student_softmax,      // (2, B, H, L)
+                               const Tensor& teacher_softmax,      // (2, B, H, L)
                                double student_scale, double teacher_scale) {
   const torch::stable::accelerator::DeviceGuard guard(student_q.get_device_index());
   const Call call = check(student_q, student_k, teacher_q, teacher_k, mask, student_scale, teacher_scale);
   AttentionKlGradients gradients{};
   gradients.weight = numbers_of(weight, "weight", student_q);
-  gradients.student_lse = numbers_of(student_lse, "student_lse", student_q);
-  gradients.teacher_lse = numbers_of(teacher_lse, "teacher_lse", student_q);
+  gradients.student = softmax_of(student_softmax, "student_softmax", call.problem);
+  gradients.teacher = softmax_of(teacher_softmax, "teacher_softmax", call.problem);
   gradients.scale = static_cast<float>(student_scale);
   Tensor grad_q = torch::stable::empty_like(student_q), grad_k = torch::stable::empty_like(student_k);
   if (block_count(call.problem) == 0) return {grad_q, grad_k};
@@ -195,10 +211,10 @@ const char* architectures() { return FASTDISTIL_TEXT(__CUDA_ARCH_LIST__); }
 STABLE_TORCH_LIBRARY(fastdistil_cuda, m) {
   m.def(
       "attention_kl_fwd(Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? mask, "
-      "float student_scale, float teacher_scale) -> (Tensor kl, Tensor student_lse, Tensor teacher_lse)");
+      "float student_scale, float teacher_scale) -> (Tensor kl, Tensor student_softmax, Tensor teacher_softmax)");
   m.def(
       "attention_kl_bwd(Tensor weight, Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, "
-      "Tensor? mask, Tensor student_lse, Tensor teacher_lse, float student_scale, float teacher_scale) "
+      "Tensor? mask, Tensor student_softmax, Tensor teacher_softmax, float student_scale, float teacher_scale) "
       "-> (Tensor grad_q, Tensor grad_k)");
 }
 

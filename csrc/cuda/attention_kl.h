@@ -44,17 +44,23 @@ struct AttentionKl {
   int shared_bytes;
 };
 
+// What turns a row's scores into probabilities: 2^(score - max) / sum, scores times log2(e). (B, H, L) each. Their one
+// number max + log2(sum) would not do: its rounding, which grows with the scores, would be common to a row.
+template <class Float>
+struct SoftmaxRows {
+  Float* max;
+  Float* sum;
+};
+
 struct AttentionKlResults {
-  float* kl;           // (B, H, L)
-  float* student_lse;  // (B, H, L)
-  float* teacher_lse;  // (B, H, L)
+  float* kl;  // (B, H, L)
+  SoftmaxRows<float> student, teacher;
 };
 
 struct AttentionKlGradients {
-  const float* weight;       // (B, H, L)
-  const float* student_lse;  // (B, H, L)
-  const float* teacher_lse;  // (B, H, L)
-  float scale;               // that of the student's scores
+  const float* weight;  // (B, H, L)
+  SoftmaxRows<const float> student, teacher;
+  float scale;  // that of the student's scores
   States grad_q, grad_k;
 };
 

@@ -1,4 +1,4 @@
-// The backward pass of attention_kl: the probabilities again from the scores and the logsumexp of each row.
+// The backward pass of attention_kl: the probabilities again from the scores and each row's maximum and sum.
 //
 // With G_ij = weight_i (As_ij - At_ij): grad_q = scale G K and grad_k = scale G^T Q. Both are the same walk with the
 // queries and keys exchanged, a kernel each, so that every gradient is summed by one warp in one order.
@@ -58,7 +58,6 @@ template <class T, int D, bool kOfKeys>
 __global__ void __launch_bounds__(kThreads, D == 8 ? 3 : 2) attention_kl_bwd_kernel(const AttentionKl p,
                                                                     const AttentionKlGradients gradients) {
   constexpr int N = kColumns<T> / 8;
-  constexpr float log2e = static_cast<float>(kLog2e);
   const int lane = threadIdx.x % 32, warp_row = static_cast<int>(threadIdx.x) / 32 * 16;
   const int head = p.student_q.d;
   const Place place(p);
@@ -66,19 +65,19 @@ __global__ void __launch_bounds__(kThreads, D == 8 ? 3 : 2) attention_kl_bwd_ker
   Mask<kColumns<T>, !kOfKeys> mask(p, place);
   const bool any_row = mask.any_row();
 
-  // The numbers of the queries: those of the rows stay in registers, those of columns come with their tile.
+  // The numbers of the queries come with their tile, of rows or of columns.
   const float* weight = gradients.weight + place.sequence * p.L;
-  const float* student_lse = gradients.student_lse + place.sequence * p.L;
-  const float* teacher_lse = gradients.teacher_lse + place.sequence * p.L;
+  const auto of_sequence = [&](const float* numbers) { return numbers + place.sequence * p.L; };
+  const SoftmaxRows<const float> student_rows{of_sequence(gradients.student.max), of_sequence(gradients.student.sum)};
+  const SoftmaxRows<const float> teacher_rows{of_sequence(gradients.teacher.max), of_sequence(gradients.teacher.sum)};
   const int row = place.first_row + warp_row + lane / 4;
-  float row_student_lse[2] = {0, 0}, row_teacher_lse[2] = {0, 0};
+  // Of a query: the student's factor and maximum, the teacher's maximum and factor.
+  const auto numbers_of = [&](int query, float own_weight) {
+    return float4{own_weight / student_rows.sum[query], student_rows.max[query], teacher_rows.max[query],
+                  own_weight / teacher_rows.sum[query]};
+  };
   PowerOfTwo unit;
   if constexpr (!kOfKeys) {
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= p.L) continue;
-      row_student_lse[r] = student_lse[row + 8 * r] * log2e;
-      row_teacher_lse[r] = teacher_lse[row + 8 * r] * log2e;
-    }
     // Weights are factors of whole rows here, applied at the end; probabilities differ by at most 1.
     if constexpr (std::is_same_v<T, float16>) unit = PowerOfTwo::to_fit_float16(126);
   } else if constexpr (std::is_same_v<T, float16>) {
@@ -93,6 +92,8 @@ __global__ void __launch_bounds__(kThreads, D == 8 ? 3 : 2) attention_kl_bwd_ker
     tiles.clear(p);
     load_rows(tiles.student_rows(), student_side, place, place.first_row, kRows, p.L);
     load_rows(tiles.teacher_rows(), teacher_side, place, place.first_row, kRows, p.L);
+    const int i = threadIdx.x, query = place.first_row + i;
+    if (!kOfKeys && i < kRows) *tiles.numbers(i) = query < p.L ? numbers_of(query, 1.0f) : float4{};
   }
 
   float gradient[D][4] = {};
@@ -104,12 +105,8 @@ __global__ void __launch_bounds__(kThreads, D == 8 ? 3 : 2) attention_kl_bwd_ker
     if constexpr (kOfKeys) {
       const int i = threadIdx.x;
       if (i < kColumns<T>) {
-        const bool here = first + i < p.L;
-        const int from = here ? first + i : 0;
-        float4* numbers = tiles.numbers(stage, i);
-        copy_async<4>(&numbers->x, weight + from, here);
-        copy_async<4>(&numbers->y, student_lse + from, here);
-        copy_async<4>(&numbers->z, teacher_lse + from, here);
+        const int query = first + i;
+        *tiles.numbers(stage, i) = query < p.L ? numbers_of(query, weight[query]) : float4{};
       }
     }
   };
@@ -127,16 +124,15 @@ __global__ void __launch_bounds__(kThreads, D == 8 ? 3 : 2) attention_kl_bwd_ker
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int column = n * 8 + lane % 4 * 2 + i;
-        float4 numbers = {1, 0, 0, 0};
-        if constexpr (kOfKeys) numbers = *tiles.numbers(stage, column);
+        float4 of_column = {};
+        if constexpr (kOfKeys) of_column = *tiles.numbers(stage, column);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float student = kOfKeys ? numbers.y * log2e : row_student_lse[r];
-          const float teacher = kOfKeys ? numbers.z * log2e : row_teacher_lse[r];
+          const float4 numbers = kOfKeys ? of_column : *tiles.numbers(warp_row + lane / 4 + 8 * r);
           const int e = 2 * r + i;
-          const float difference =
-              exp2_approx(g[n][e] * p.student_scale - student) - exp2_approx(t[n][e] * p.teacher_scale - teacher);
-          g[n][e] = bits[r] >> column & 1 ? unit.factor * numbers.x * difference : 0.0f;
+          const float student = exp2_approx(g[n][e] * p.student_scale - numbers.y) * numbers.x;
+          const float teacher = exp2_approx(t[n][e] * p.teacher_scale - numbers.z) * numbers.w;
+          g[n][e] = bits[r] >> column & 1 ? unit.factor * (student - teacher) : 0.0f;
         }
       }
     }

@@ -1,7 +1,7 @@
 // The forward pass of attention_kl: one pass over the keys with online softmax of both models.
 //
 // With scores s, t in units of ln 2 and running maxima m, a row keeps l = sum 2^(s - m) for each model and
-// a = sum 2^(t - m_t) ((t - m_t) - (s - m_s)). Then lse = m + log2 l and KL = a / l_t - log2 l_t + log2 l_s, in which
+// a = sum 2^(t - m_t) ((t - m_t) - (s - m_s)). Then KL = a / l_t - log2 l_t + log2 l_s, in which
 // the maxima, which may be large, do not occur.
 #include "mask.h"
 
@@ -75,14 +75,14 @@ __device__ void add_tile(RunningRow& row, int r, const float (&s)[N][4], const f
 }
 
 __device__ void store(const AttentionKlResults& results, int64_t index, const RunningRow& row, bool here) {
-  const float student_log = log2f(quad_sum(row.student_sum));
-  const float teacher_sum = quad_sum(row.teacher_sum);
-  const float teacher_log = log2f(teacher_sum);
-  const float kl = quad_sum(row.difference) / teacher_sum - teacher_log + student_log;
+  const float student_sum = quad_sum(row.student_sum), teacher_sum = quad_sum(row.teacher_sum);
+  const float kl = quad_sum(row.difference) / teacher_sum - log2f(teacher_sum) + log2f(student_sum);
   if (!here) return;
   results.kl[index] = row.counts ? kl * kLn2 : 0.0f;
-  results.student_lse[index] = row.counts ? (row.student_max + student_log) * kLn2 : 0.0f;
-  results.teacher_lse[index] = row.counts ? (row.teacher_max + teacher_log) * kLn2 : 0.0f;
+  results.student.max[index] = row.counts ? row.student_max : 0.0f;
+  results.student.sum[index] = row.counts ? student_sum : 1.0f;
+  results.teacher.max[index] = row.counts ? row.teacher_max : 0.0f;
+  results.teacher.sum[index] = row.counts ? teacher_sum : 1.0f;
 }
 
 template <class T>

@@ -97,10 +97,10 @@ class Tiles {
     return memory_ + (kRows + stage * kColumns<T>) * (student_pitch_ + teacher_pitch_);
   }
   __device__ T* teacher_columns(int stage) const { return student_columns(stage) + kColumns<T> * student_pitch_; }
-  // Four numbers that come with a column, in the 16 bytes which set its row of the student's tile apart from the next.
-  __device__ float4* numbers(int stage, int column) const {
-    return reinterpret_cast<float4*>(student_columns(stage) + column * student_pitch_ + student_pad_);
-  }
+  // Four numbers that come with a row or a column, in the 16 bytes which set it apart from the next in the student's
+  // tile.
+  __device__ float4* numbers(int row) const { return numbers(student_rows(), row); }
+  __device__ float4* numbers(int stage, int column) const { return numbers(student_columns(stage), column); }
 
   // What lies past a head's elements enters the products, so it must be zero.
   __device__ void clear(const AttentionKl& p) const {
@@ -110,6 +110,10 @@ class Tiles {
   }
 
  private:
+  __device__ float4* numbers(T* tile, int row) const {
+    return reinterpret_cast<float4*>(tile + row * student_pitch_ + student_pad_);
+  }
+
   int student_pitch_;
   int teacher_pitch_;
   int student_pad_;

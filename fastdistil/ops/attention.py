@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastdistil.ops import checks
+from fastdistil.ops.terms import as_constant
 
 # The eager references form scores for this many query-key pairs at a time, so that their temporaries stay in
 # cache or close to it.
@@ -84,8 +85,8 @@ def check_attention(
     return Attention(
         _dense(student_q),
         _dense(student_k),
-        _dense(_constant(teacher_q)),
-        _dense(_constant(teacher_k)),
+        _dense(as_constant(teacher_q)),
+        _dense(as_constant(teacher_k)),
         mask,
         _check_scale("student_scale", student_scale, student_q.shape[3]),
         _check_scale("teacher_scale", teacher_scale, teacher_q.shape[3]),
@@ -101,7 +102,7 @@ def _check_mask(mask: Tensor, student_q: Tensor) -> Tensor:
             f"mask must have shape (B, L) = {(batch, length)}, one value a token, or (B, L, L) = "
             f"{(batch, length, length)}, one value a query-key pair, got {tuple(mask.shape)}"
         )
-    return mask.bool().contiguous()
+    return as_constant(mask.bool().contiguous())
 
 
 def _check_scale(name: str, scale: float | None, head_size: int) -> float:
@@ -109,13 +110,6 @@ def _check_scale(name: str, scale: float | None, head_size: int) -> float:
         return float(head_size**-0.5)
     checks.check_weight(name, scale)
     return float(scale)
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    """Without a gradient, and fit to be kept for backward, which a tensor of inference mode is not."""
-    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
-        return tensor.clone()
-    return tensor.detach()
 
 
 def _dense(tensor: Tensor) -> Tensor:

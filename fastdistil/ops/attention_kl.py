@@ -1,7 +1,9 @@
 """KL divergence of the student's attention distributions from the teacher's, and its gradient, without maps.
 
-The forward keeps one logsumexp a row and model; the backward computes the scores again from them, tile by
-tile.
+The forward keeps two numbers a row and model, an origin of the exponents and the sum of exponentials from
+there; the backward computes the scores again, tile by tile, and from them and these the probabilities.
+Logsumexps would be one number, but its rounding, relative to the scores, would be common to a row: it would
+reach the gradient of a query times the mean key.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from fastdistil.ops.terms import accumulation_dtype, at_least_one, sum_rows
 SCHEMA_FWD = """attention_kl_fwd(
     Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? mask,
     float student_scale, float teacher_scale
-) -> (Tensor kl, Tensor student_lse, Tensor teacher_lse)"""
+) -> (Tensor kl, Tensor student_softmax, Tensor teacher_softmax)"""
 
 SCHEMA_BWD = """attention_kl_bwd(
     Tensor weight, Tensor student_q, Tensor student_k, Tensor teacher_q, Tensor teacher_k, Tensor? mask,
-    Tensor student_lse, Tensor teacher_lse, float student_scale, float teacher_scale
+    Tensor student_softmax, Tensor teacher_softmax, float student_scale, float teacher_scale
 ) -> (Tensor grad_q, Tensor grad_k)"""
 
 
@@ -37,7 +39,7 @@ def attention_kl_fwd_ref(
     student_scale: float,
     teacher_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kl, student_lse, teacher_lse = _fwd_fake(
+    kl, student_softmax, teacher_softmax = _fwd_fake(
         student_q, student_k, teacher_q, teacher_k, mask, student_scale, teacher_scale
     )
     student_kt, teacher_kt = (
@@ -46,11 +48,15 @@ def attention_kl_fwd_ref(
     )
     for rows in query_blocks(student_q):
         pairs = pairs_of_block(mask, rows)
-        s, student_lse[:, :, rows] = _log_softmax(student_q[:, :, rows], student_kt, student_scale, pairs)
-        t, teacher_lse[:, :, rows] = _log_softmax(teacher_q[:, :, rows], teacher_kt, teacher_scale, pairs)
+        s, student_softmax[:, :, :, rows] = _log_softmax(
+            student_q[:, :, rows], student_kt, student_scale, pairs
+        )
+        t, teacher_softmax[:, :, :, rows] = _log_softmax(
+            teacher_q[:, :, rows], teacher_kt, teacher_scale, pairs
+        )
         terms = t.exp() * (t - s)
         kl[:, :, rows] = (terms if pairs is None else torch.where(pairs, terms, 0)).sum(-1)
-    return kl, student_lse, teacher_lse
+    return kl, student_softmax, teacher_softmax
 
 
 def attention_kl_bwd_ref(
@@ -60,12 +66,12 @@ def attention_kl_bwd_ref(
     teacher_q: Tensor,  # (B, H, L, dt)
     teacher_k: Tensor,  # (B, H, L, dt)
     mask: Tensor | None,  # (B, L) or (B, L, L)
-    student_lse: Tensor,  # (B, H, L)
-    teacher_lse: Tensor,  # (B, H, L)
+    student_softmax: Tensor,  # (2, B, H, L), from the forward of the same implementation
+    teacher_softmax: Tensor,  # (2, B, H, L)
     student_scale: float,
     teacher_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    dtype = student_lse.dtype
+    dtype = student_softmax.dtype
     q = without_masked(student_q, mask, keys=False).to(dtype)
     k = without_masked(student_k, mask, keys=True).to(dtype)
     student_kt, teacher_kt = k.transpose(2, 3), _transposed_keys(teacher_k, mask, dtype)
@@ -74,7 +80,8 @@ def attention_kl_bwd_ref(
         pairs = pairs_of_block(mask, rows)
         s = _scores(student_q[:, :, rows], student_kt, student_scale, pairs)
         t = _scores(teacher_q[:, :, rows], teacher_kt, teacher_scale, pairs)
-        g = (s - student_lse[:, :, rows, None]).exp_() - (t - teacher_lse[:, :, rows, None]).exp_()
+        g = _probabilities(s, student_softmax[:, :, :, rows])
+        g -= _probabilities(t, teacher_softmax[:, :, :, rows])
         g *= student_scale * weight[:, :, rows, None]
         if pairs is not None:
             g = torch.where(pairs, g, 0)
@@ -93,15 +100,25 @@ def _scores(
     scale: float,
     pairs: Tensor | None,  # (B, 1, block, L)
 ) -> Tensor:
-    scores = (q.to(kt.dtype) @ kt) * scale
+    scores = (q.to(kt.dtype) * scale) @ kt
     return scores if pairs is None else scores.masked_fill_(~pairs, float("-inf"))
 
 
 def _log_softmax(q: Tensor, kt: Tensor, scale: float, pairs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, H, block, L), and their normaliser (B, H, block), 0 where no pair counts."""
+    """Log-probabilities (B, H, block, L); maxima and sums of exponentials of the rows (2, B, H, block)."""
     scores = _scores(q, kt, scale, pairs)
-    lse = scores.logsumexp(-1)
-    return scores - lse.unsqueeze(-1), lse.masked_fill(lse == float("-inf"), 0)
+    maximum = scores.amax(-1)
+    if pairs is not None:
+        maximum = maximum.masked_fill(maximum == float("-inf"), 0)  # no pair of the row counts
+    scores -= maximum.unsqueeze(-1)
+    total = scores.exp().sum(-1)
+    return scores - total.log().unsqueeze(-1), torch.stack((maximum, total))
+
+
+def _probabilities(scores: Tensor, softmax: Tensor) -> Tensor:
+    """Of scores, which are overwritten, by the maxima and sums (2, B, H, block) of their rows."""
+    maximum, total = softmax.unsqueeze(-1)
+    return scores.sub_(maximum).exp_().div_(total)
 
 
 def _fwd_fake(
@@ -114,8 +131,9 @@ def _fwd_fake(
     teacher_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulation_dtype(student_q.dtype)
-    kl, student_lse, teacher_lse = (student_q.new_empty(student_q.shape[:3], dtype=dtype) for _ in range(3))
-    return kl, student_lse, teacher_lse
+    kl = student_q.new_empty(student_q.shape[:3], dtype=dtype)
+    student_softmax, teacher_softmax = (kl.new_empty((2, *kl.shape)) for _ in range(2))
+    return kl, student_softmax, teacher_softmax
 
 
 def _bwd_fake(weight: Tensor, student_q: Tensor, student_k: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -165,7 +183,7 @@ def attention_kl(
         KL_i = sum_j A_t[i, j] * (log A_t[i, j] - log A_s[i, j])     # of each query row i
 
     without allocating an `(L, L)` map of either model, forward or backward: tiles of scores pass through the
-    cache, and the backward computes them again from the logsumexp of each row.
+    cache, and the backward computes them again.
 
     Args:
         student_q, student_k: `(B, H, L, ds)`, queries and keys of one layer; float32, bfloat16, float16 or
@@ -181,14 +199,15 @@ def attention_kl(
     Returns:
         The loss in float32 (float64 for float64 students).
 
-    Memory: three numbers a query row and head, `3 * B * H * L`; the inputs are kept for backward.
+    Memory: five numbers a query row and head, `5 * B * H * L`; the inputs are kept for backward.
 
     Raises:
         ValueError: head counts that differ, other shapes, dtypes or devices that do not fit, an unknown
             reduction.
-        RuntimeError: backward with `create_graph=True`.
+        RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.refuse_forward_mode("attention_kl", student_q, student_k)
     attention = check_attention(
         student_q, student_k, teacher_q, teacher_k, mask, student_scale, teacher_scale
     )

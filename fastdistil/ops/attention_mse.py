@@ -284,9 +284,10 @@ def attention_mse(
     Raises:
         ValueError: head counts that differ, other shapes, dtypes or devices that do not fit, an unknown
             reduction.
-        RuntimeError: backward with `create_graph=True`.
+        RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.refuse_forward_mode("attention_mse", student_q, student_k)
     attention = check_attention(
         student_q, student_k, teacher_q, teacher_k, mask, student_scale, teacher_scale
     )

@@ -7,10 +7,32 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 REDUCTIONS = ("mean", "sum", "none")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
+    """Raise if a tensor carries a tangent, or is one of torch.func.grad: the ops have neither rule, and torch
+    would take the tangent as 0."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    for tensor in tensors:
+        inner = tensor
+        while inner is not None and functorch.is_functorch_wrapped_tensor(inner):
+            if functorch.is_gradtrackingtensor(inner):
+                break
+            inner = functorch.get_unwrapped(inner)
+        else:
+            if inner is None or forward_ad.unpack_dual(inner).tangent is None:
+                continue
+        raise RuntimeError(
+            f"{op} has a gradient for backward() and torch.autograd.grad() alone: forward-mode "
+            "differentiation, torch.func.grad and torch.func.jvp are not supported"
+        )
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
@@ -27,7 +49,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 def check_temperature(temperature: object) -> None:
     if not isinstance(temperature, float | int):
         raise ValueError(f"temperature must be a float, got {type(temperature).__name__}")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # and not isfinite(), which torch.compile cannot trace of a symbol
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
 
 
@@ -45,8 +67,13 @@ def check_weight(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}")
-    elif not math.isfinite(value):
+    elif not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_chunk_size(value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ValueError(f"chunk_size must be > 0, got {value}")
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
@@ -82,8 +109,8 @@ def check_labels(
 ) -> Tensor:
     """The labels as int64 (N,), each `ignore_index` or in [0, V).
 
-    On a CPU a wrong value raises here. Elsewhere, and in compiled code, it trips a device assertion, which
-    needs no synchronisation.
+    On a CPU a wrong value raises here. Elsewhere, and in compiled or traced code, it trips a device
+    assertion, which needs no synchronisation.
     """
     if labels.dtype not in _INTEGERS:
         raise ValueError(f"labels must be integers (int64), got {labels.dtype}")
@@ -91,8 +118,9 @@ def check_labels(
     check_device("labels", labels, device)
     labels = labels.reshape(-1).long()
     wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
-        torch._assert_async(~wrong.any(), f"labels must be in [0, {vocabulary}) or equal to {ignore_index}")
+    if torch.compiler.is_compiling() or labels.device.type != "cpu" or type(wrong) is not Tensor:
+        # A constant text: in compiled code the vocabulary may be a symbol.
+        torch._assert_async(~wrong.any(), "labels must be in [0, V) or equal to ignore_index")
     elif bool(wrong.any()):
         value = int(labels[wrong][0])
         raise ValueError(

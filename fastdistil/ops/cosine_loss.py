@@ -93,9 +93,10 @@ def cosine_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown reduction.
-        RuntimeError: backward with `create_graph=True`.
+        RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.refuse_forward_mode("cosine_loss", student_hidden)
     checks.check_floating("student_hidden", student_hidden)
     checks.check_floating("teacher_hidden", teacher_hidden)
     if student_hidden.dim() == 0:

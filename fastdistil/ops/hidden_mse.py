@@ -14,6 +14,7 @@ from fastdistil.ops.registry import define
 from fastdistil.ops.scale_grad import register_kept_gradient
 from fastdistil.ops.terms import (
     accumulation_dtype,
+    as_constant,
     as_rows,
     at_least_one,
     autocast,
@@ -156,9 +157,10 @@ def hidden_mse(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, a bias without a projection, an unknown
             reduction.
-        RuntimeError: backward with `create_graph=True`.
+        RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
+    checks.refuse_forward_mode("hidden_mse", student_hidden, projection, bias)
     checks.check_floating("student_hidden", student_hidden)
     checks.check_floating("teacher_hidden", teacher_hidden)
     for name, tensor in (("student_hidden", student_hidden), ("teacher_hidden", teacher_hidden)):
@@ -173,7 +175,7 @@ def hidden_mse(
         expected = (*shape, teacher_hidden.shape[-1])
         checks.check_shape("teacher_hidden", teacher_hidden, expected, "the rows of student_hidden")
     if mask is not None:
-        mask = checks.check_mask("mask", mask, shape, device)
+        mask = as_constant(checks.check_mask("mask", mask, shape, device))
 
     student, teacher = as_rows(student_hidden), as_rows(teacher_hidden.detach())
     if projection is not None:

@@ -6,7 +6,6 @@ gradient.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, overload
 
 import torch
@@ -60,13 +59,19 @@ def _divergence_ref(
     if divergence == DIVERGENCES["reverse_kl"]:
         kl, log_ratio = _expected_log_ratio(p, log_p, log_q)
         return kl, p * (log_ratio - kl.unsqueeze(-1))
-    # In logs: where both probabilities underflow, so would their mixture, and log(0) is not a number to
-    # subtract.
-    log_m = torch.logaddexp(log_q + math.log(jsd_beta), log_p + math.log1p(-jsd_beta))
-    teacher_kl, _ = _expected_log_ratio(q, log_q, log_m)
-    student_kl, log_ratio = _expected_log_ratio(p, log_p, log_m)
+    # Logarithms of ratios, and not differences of logarithms, whose rounding is relative to them. Where both
+    # probabilities underflow, so does their mixture.
+    m = (jsd_beta * q + (1 - jsd_beta) * p).clamp_(min=torch.finfo(p.dtype).tiny)
+    teacher_kl = (q * _log_ratio(q, m)).sum(-1)
+    log_ratio = _log_ratio(p, m)
+    student_kl = (p * log_ratio).sum(-1)
     value = jsd_beta * teacher_kl + (1 - jsd_beta) * student_kl
     return value, (1 - jsd_beta) * p * (log_ratio - student_kl.unsqueeze(-1))
+
+
+def _log_ratio(share: Tensor, mixture: Tensor) -> Tensor:
+    """log(share / mixture), 0 where the share is 0."""
+    return torch.where(share > 0, (share / mixture).clamp_(min=torch.finfo(share.dtype).tiny).log_(), 0.0)
 
 
 def _expected_log_ratio(weight: Tensor, log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,11 +371,12 @@ def kd_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or vocabularies that do not fit, a temperature that is not > 0 and
-            finite, an unknown divergence or reduction, labels outside `[0, V)` (on a GPU and in compiled
-            code: a device assertion, without a synchronisation).
-        RuntimeError: backward with `create_graph=True`.
+            finite, a ce_weight without labels, an unknown divergence or reduction, labels outside `[0, V)`
+            (on a GPU and in compiled code: a device assertion, without a synchronisation).
+        RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     check_settings(temperature, divergence, jsd_beta, label_smoothing, reduction)
+    checks.refuse_forward_mode("kd_loss", student_logits)
     checks.check_floating("student_logits", student_logits)
     checks.check_floating("teacher_logits", teacher_logits)
     if student_logits.dim() == 0:

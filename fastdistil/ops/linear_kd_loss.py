@@ -19,6 +19,7 @@ from fastdistil.ops.scale_grad import refuse_double_backward, upstream_times
 from fastdistil.ops.terms import (
     DIVERGENCES,
     accumulation_dtype,
+    as_constant,
     as_rows,
     autocast,
     check_settings,
@@ -69,8 +70,8 @@ def linear_kd_loss_impl(
         gather(teacher_hidden),
         teacher_weight,
         # Added by the kernel in its accumulation dtype.
-        None if student_bias is None else student_bias.to(dtype),
-        None if teacher_bias is None else teacher_bias.to(dtype),
+        None if student_bias is None else student_bias.to(dtype).contiguous(),
+        None if teacher_bias is None else teacher_bias.to(dtype).contiguous(),
         None if labels is None else gather(labels),
         None if kd_mask is None else gather(kd_mask),
         gather(kd_scale),
@@ -136,6 +137,7 @@ define(
     eager=linear_kd_loss_impl,
     fake=_fake,
     composed="PyTorch matrix products, {kd_loss_fwd_} between them",
+    reads_back=True,
 )
 
 _TENSORS = 10
@@ -284,12 +286,15 @@ def linear_kd_loss(
     that are asked for, which are computed here and kept for backward (the weight's is summed in float32).
     With `reduction="none"` the inputs are kept instead and backward computes the logits again.
 
+    With labels or a kd_mask, the rows that no term uses are found first, which waits for a GPU.
+
     Raises:
         ValueError: as `kd_loss`, and hidden sizes that do not fit their weights, weights with different V, a
             chunk_size that is not > 0.
-        RuntimeError: backward with `create_graph=True`.
+        RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     check_settings(temperature, divergence, jsd_beta, label_smoothing, reduction)
+    checks.refuse_forward_mode("linear_kd_loss", student_hidden, student_weight, student_bias)
     _check_head("student", student_hidden, student_weight, student_bias)
     _check_head("teacher", teacher_hidden, teacher_weight, teacher_bias)
     vocabulary, device = student_weight.shape[0], student_hidden.device
@@ -305,8 +310,7 @@ def linear_kd_loss(
             f"got {tuple(teacher_hidden.shape[:-1])}"
         )
     checks.check_device("teacher_hidden", teacher_hidden, device)
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be > 0, got {chunk_size}")
+    checks.check_chunk_size(chunk_size)
 
     student_hidden, teacher_hidden = autocast(student_hidden), autocast(teacher_hidden)
     terms = prepare_terms(
@@ -323,16 +327,17 @@ def linear_kd_loss(
         return_terms=return_terms,
     )
     reduce = reduction != "none"
+    constant = torch.Tensor.detach if reduce else as_constant  # row by row, inputs are kept for backward
     compute_grads = torch.is_grad_enabled() and reduce
     loss, kd, ce, _, _, _ = torch.ops.fastdistil.linear_kd_loss_fwd(
         as_rows(student_hidden),
         student_weight,
-        as_rows(teacher_hidden.detach()),
-        teacher_weight.detach(),
+        as_rows(constant(teacher_hidden)),
+        constant(teacher_weight),
         student_bias,
-        None if teacher_bias is None else teacher_bias.detach(),
-        terms.labels,
-        terms.kd_mask,
+        None if teacher_bias is None else constant(teacher_bias),
+        None if terms.labels is None else constant(terms.labels),
+        None if terms.kd_mask is None else constant(terms.kd_mask),
         terms.kd_scale,
         terms.ce_scale,
         temperature,

@@ -43,15 +43,17 @@ def define(
     fake: Callable[..., Any],
     kernel: str | None = None,
     composed: str | None = None,
+    reads_back: bool = False,
 ) -> None:
     """Define an op with its eager reference and its fake (shapes only) implementation.
 
     `kernel` names the module of `fastdistil.kernels` that has a Triton launcher with the name and signature
     of the op. `composed` says what an op is made of that needs no kernel of its own; "{op}" in it stands for
-    the implementation of that op.
+    the implementation of that op. An op that `reads_back` waits for the device, which no CUDA graph may.
     """
     name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = [torch.Tag.pt2_compliant_tag, *([torch.Tag.cudagraph_unsafe] if reads_back else [])]
+    LIBRARY.define(schema, tags=tags)
     LIBRARY.impl(name, without_autocast(eager), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if kernel is not None and HAS_TRITON:

@@ -42,7 +42,7 @@ def relation_kl(
 
     Raises:
         ValueError: num_heads does not divide a width (the message lists what would), and as `attention_kl`.
-        RuntimeError: backward with `create_graph=True`.
+        RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     states = {"student_states": student_states, "teacher_states": teacher_states}
     for name, tensor in states.items():

@@ -40,10 +40,14 @@ def upstream_times(grad: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor
 
     The saved buffer itself is scaled and handed on when the graph is freed after this backward. With
     `retain_graph=True` it is left as it is, so that the next backward finds it unscaled. In a traced graph,
-    where a tensor subclass stands for the buffer, nobody knows yet how often the backward will run.
+    where a tensor subclass stands for the buffer, nobody knows yet how often the backward will run; and many
+    upstream gradients at a time (`is_grads_batched=True`) have one buffer.
     """
     traced = type(grad) is not Tensor
-    if traced or torch._C._autograd._get_current_graph_task_keep_graph():
+    batched = torch._C._functorch.is_functorch_wrapped_tensor(
+        upstream
+    ) or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    if traced or batched or torch._C._autograd._get_current_graph_task_keep_graph():
         # The upstream gradient is rounded to a low precision only with the product.
         factor = upstream if upstream.dim() == 0 else upstream.unsqueeze(-1)
         return (grad * factor).to(dtype)

@@ -89,6 +89,8 @@ def prepare_terms(
     device."""
     checks.check_weight("kd_weight", kd_weight)
     checks.check_weight("ce_weight", ce_weight)
+    if labels is None and not isinstance(ce_weight, Tensor) and ce_weight != 0:
+        raise ValueError(f"ce_weight is {ce_weight}, but there are no labels")
     rows = math.prod(shape)
     if kd_mask is not None:
         kd_mask = checks.check_mask("kd_mask", kd_mask, shape, device)
@@ -144,6 +146,13 @@ def autocast(hidden: Tensor) -> Tensor:
     if hidden.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return hidden
     return hidden.to(torch.get_autocast_dtype(kind))
+
+
+def as_constant(tensor: Tensor) -> Tensor:
+    """Without a gradient, and fit to be kept for backward, which a tensor of inference mode is not."""
+    if not torch.compiler.is_compiling() and tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return tensor.clone()
+    return tensor.detach()
 
 
 def as_rows(tensor: Tensor) -> Tensor:

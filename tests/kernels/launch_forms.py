@@ -190,9 +190,10 @@ def kl_fwd_form(
             **dict.fromkeys(tensors, f"*{dtype}"),
             **dict.fromkeys(("query_flags", "key_flags"), "*u8" if mask else None),
             "pair_flags": "*u8" if mask == head_tiles.PAIRS.value else None,
-            **dict.fromkeys(("kl", "student_lse", "teacher_lse"), f"*{_accumulator(dtype)}"),
+            **dict.fromkeys(("kl", "student_softmax", "teacher_softmax"), f"*{_accumulator(dtype)}"),
             "student_scale": "fp64",
             "teacher_scale": "fp64",
+            "rows": "i32",
             "heads": "i32",
             "L": "i32:16",
             **_strides(*tensors),
@@ -207,7 +208,7 @@ def kl_bwd_form(
     dtype: str, student: int, teacher: int, *, keys: bool, mask: int = head_tiles.TOKENS.value
 ) -> dict[str, Any]:
     tensors = ("student_own", "student_other", "teacher_own", "teacher_other")
-    rows = ("student_lse", "teacher_lse", "student_factor", "teacher_factor")
+    rows = ("student_softmax", "teacher_softmax", "student_factor", "teacher_factor")
 
     def constants(hip: bool) -> dict[str, Any]:
         own, other, _ = _kl_tiles(dtype, student, teacher, keys, hip)
@@ -233,6 +234,7 @@ def kl_bwd_form(
             "grad": f"*{dtype}",
             "student_scale": "fp64",
             "teacher_scale": "fp64",
+            "rows": "i32",
             "heads": "i32",
             "L": "i32:16",
             **_strides(*tensors, "grad"),

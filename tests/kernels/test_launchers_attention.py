@@ -3,6 +3,7 @@
 The formulas are written out here, maps and all: neither an op's reference nor the Gram identity is trusted.
 """
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -130,10 +131,10 @@ def _assert_near(ours: Tensor, exact: Tensor, tolerance: float) -> None:
 
 def _kl(tensors: list[Tensor], mask: Tensor | None) -> tuple[list[Tensor], Tensor]:
     """kl, both logsumexps, both gradients; and the upstream gradient of kl."""
-    rows = attention_kl.attention_kl_fwd(*tensors, mask, *SCALES)
-    weight = _random(*rows[0].shape, seed=7).to(rows[0])
-    grads = attention_kl.attention_kl_bwd(weight, *tensors, mask, *rows[1:], *SCALES)
-    return [*rows, *grads], weight
+    kl, *softmax = attention_kl.attention_kl_fwd(*tensors, mask, *SCALES)
+    weight = _random(*kl.shape, seed=7).to(kl)
+    grads = attention_kl.attention_kl_bwd(weight, *tensors, mask, *softmax, *SCALES)
+    return [kl, *(origin * math.log(2) + total.log() for origin, total in softmax), *grads], weight
 
 
 def _check_kl(tensors: list[Tensor], mask: Tensor | None) -> None:
@@ -219,9 +220,9 @@ def test_attention_kl_of_one_token_is_zero() -> None:
 
 def test_attention_kl_of_a_student_that_is_the_teacher_is_zero() -> None:
     q, k, _, _ = _inputs((32, 32), 33)
-    kl, *lse = attention_kl.attention_kl_fwd(q, k, q, k, None, 0.2, 0.2)
+    kl, *softmax = attention_kl.attention_kl_fwd(q, k, q, k, None, 0.2, 0.2)
     assert (kl == 0).all()
-    for grad in attention_kl.attention_kl_bwd(torch.ones_like(kl), q, k, q, k, None, *lse, 0.2, 0.2):
+    for grad in attention_kl.attention_kl_bwd(torch.ones_like(kl), q, k, q, k, None, *softmax, 0.2, 0.2):
         assert (grad == 0).all()
 
 
@@ -249,8 +250,8 @@ def _plain_and_ours_kl(tensors: list[Tensor], scales: tuple[float, float]) -> It
         leaves = _exact(tensors, dtype)
         kl = _plain_kl(leaves, None, scales)[0]
         results.append((kl, *torch.autograd.grad(kl.sum(), leaves[:2])))
-    kl, *lse = attention_kl.attention_kl_fwd(*tensors, None, *scales)
-    grads = attention_kl.attention_kl_bwd(torch.ones_like(kl), *tensors, None, *lse, *scales)
+    kl, *softmax = attention_kl.attention_kl_fwd(*tensors, None, *scales)
+    grads = attention_kl.attention_kl_bwd(torch.ones_like(kl), *tensors, None, *softmax, *scales)
     for ours, exact, plain in zip((kl, *grads), *results, strict=True):
         yield _error(ours, exact.detach()), _error(plain.detach(), exact.detach())
 

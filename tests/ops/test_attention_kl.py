@@ -29,8 +29,8 @@ def test_opcheck(mask: str | None, device: torch.device) -> None:
     forward = torch.ops.fastdistil.attention_kl_fwd.default
     torch.library.opcheck(forward, (q, k, t_q, t_k, counts, 0.3, 0.2))
     with torch.no_grad():
-        _, *normalisers = forward(q, k, t_q, t_k, counts, 0.3, 0.2)
-        tensors = (torch.ones_like(normalisers[0]), q.detach(), k.detach(), t_q, t_k, counts, *normalisers)
+        kl, *softmax = forward(q, k, t_q, t_k, counts, 0.3, 0.2)
+        tensors = (torch.ones_like(kl), q.detach(), k.detach(), t_q, t_k, counts, *softmax)
     torch.library.opcheck(torch.ops.fastdistil.attention_kl_bwd.default, (*tensors, 0.3, 0.2))
 
 
@@ -54,10 +54,40 @@ def test_scores_that_overflow_an_exponential(device: torch.device) -> None:
     inputs[0].requires_grad_()
     loss = attention_kl(*inputs)
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
-    # The backward takes probabilities from a logsumexp in float32: its rounding is relative to the scores.
+    # The rounding of a score in float32 is relative to it, and its exponential's that much.
     slack = 2 * torch.finfo(torch.float32).eps * (q @ k.mT).abs().max().item() * 8**-0.5
     (grad,) = torch.autograd.grad(loss, inputs[0])
     torch.testing.assert_close(grad.double(), expected, rtol=0, atol=slack * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("offset", ["all", "one"])
+@pytest.mark.parametrize("size", [5.0, 20.0])
+@pytest.mark.usefixtures("implementation")
+def test_scores_that_share_an_offset_have_the_gradients_of_plain_pytorch(
+    size: float, offset: str, device: torch.device
+) -> None:
+    """Queries and keys with a common part, in all dimensions or in one: any error of a row's probabilities
+    that is common to them reaches the gradient of its query times the mean key. The student is near its
+    teacher, so that little else is in the gradient."""
+    common = torch.full((32,), size)
+    if offset == "one":
+        common = torch.zeros(32)
+        common[3] = 5 * size
+    student = [(heads(1, 2, 64, 32, seed=i) + common).to(device) for i in range(2)]
+    teacher = [x + 0.1 * heads(1, 2, 64, 32, seed=i + 2).to(device) for i, x in enumerate(student)]
+    grads = []
+    for function, dtype in ((attention_kl, torch.float32), (_plain, torch.float32), (_plain, torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in student]
+        loss = function(*leaves, *(x.to(dtype) for x in teacher))
+        grads.append(torch.autograd.grad(loss, leaves))
+    for ours, plain, exact in zip(*grads, strict=True):
+        errors = [(x.double() - exact).norm() / exact.norm() for x in (ours, plain)]
+        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps
+
+
+def _plain(q: torch.Tensor, k: torch.Tensor, t_q: torch.Tensor, t_k: torch.Tensor) -> torch.Tensor:
+    s, t = ((x @ y.mT * x.shape[3] ** -0.5).log_softmax(-1) for x, y in ((q, k), (t_q, t_k)))
+    return (t.exp() * (t - s)).sum(-1).mean()
 
 
 def test_memory_does_not_grow_with_the_square_of_the_length() -> None:

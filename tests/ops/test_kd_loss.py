@@ -84,6 +84,44 @@ def test_the_vocabulary_of_bert(
     assert_as_accurate(*grads)
 
 
+@pytest.mark.parametrize("distance", [0.1, 0.5])
+@pytest.mark.usefixtures("implementation")
+def test_the_divergence_of_a_student_near_its_teacher_is_not_lost_in_logarithms(
+    distance: float,
+    make_logits: Callable[..., Tensor],
+    plain: SimpleNamespace,
+    assert_as_accurate: Callable[..., None],
+) -> None:
+    teacher = make_logits(2, 30522, torch.float32)
+    student = teacher + distance / 3 * make_logits(2, 30522, torch.float32, seed=1)
+    losses = [f(student, teacher, divergence="jsd") for f in (kd_loss, plain.loss)]
+    assert_as_accurate(*losses, plain.loss(student.double(), teacher.double(), divergence="jsd"))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("implementation")
+def test_a_nan_is_not_lost(divergence: str, make_logits: Callable[..., Tensor]) -> None:
+    student = make_logits(2, 96, torch.float32)
+    student.view(torch.int32)[0, 7] = -1  # a NaN with all bits set, of which a shift could make a number
+    student.requires_grad_()
+    loss = kd_loss(
+        student, make_logits(2, 96, torch.float32, seed=1), divergence=divergence, reduction="none"
+    )
+    assert loss.isnan().tolist() == [True, False]
+    assert gradients(loss, student)[0][0].isnan().any()
+
+
+@pytest.mark.usefixtures("implementation")
+def test_strides_of_no_rows_do_not_matter(device: torch.device) -> None:
+    nothing = torch.randn(4, 16, device=device)[:, ::2][:0]
+    assert kd_loss(nothing, nothing.clone()) == 0
+    assert fastdistil.cosine_loss(nothing, nothing.clone()) == 0
+    assert fastdistil.hidden_mse(nothing, nothing.clone()) == 0
+    heads = torch.randn(0, 2, 3, 16, device=device)[..., ::2]
+    assert fastdistil.attention_kl(heads, heads, heads, heads) == 0
+    assert fastdistil.attention_mse(heads, heads, heads, heads) == 0
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 7.0])
 @pytest.mark.usefixtures("implementation")
 def test_temperatures(
@@ -512,6 +550,7 @@ GOOD = torch.zeros(2, 8)
         ((GOOD, GOOD), {"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
         ((GOOD, GOOD), {"kd_weight": float("nan")}, "kd_weight must be finite, got nan"),
         ((GOOD, GOOD), {"ce_weight": torch.ones(2)}, r"ce_weight must be .* 0-dim tensor, got shape \(2,\)"),
+        ((GOOD, GOOD), {"ce_weight": 0.5}, "ce_weight is 0.5, but there are no labels"),
         ((GOOD, torch.zeros(2, 9)), {}, "one vocabulary: student_logits has V=8, teacher_logits has V=9"),
         ((GOOD, torch.zeros(3, 8)), {}, r"teacher_logits must have shape \(2, 8\) .* got \(3, 8\)"),
         ((GOOD.long(), GOOD), {}, "student_logits must be float32.*got torch.int64"),
@@ -543,5 +582,5 @@ def test_compiled_code_checks_labels_too(make_logits: Callable[..., Tensor]) -> 
         lambda labels: kd_loss(student, teacher, labels, ce_weight=1.0), fullgraph=True, backend="aot_eager"
     )
     assert torch.isfinite(compiled(torch.tensor([0, 7])))
-    with pytest.raises(RuntimeError, match=r"labels must be in \[0, 8\)"):
+    with pytest.raises(RuntimeError, match=r"labels must be in \[0, V\)"):
         compiled(torch.tensor([0, 8]))

@@ -216,6 +216,17 @@ def test_batch_shapes_and_missing_biases(make_heads: Callable[..., Heads], plain
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.usefixtures("implementation")
+def test_strides_of_a_bias_do_not_matter(make_heads: Callable[..., Heads]) -> None:
+    heads = make_heads(96, torch.float32)
+    inputs = heads.student_hidden, heads.student_weight, heads.teacher_hidden, heads.teacher_weight
+    strided = linear_kd_loss(*inputs, student_bias=heads.student_bias.repeat_interleave(2)[::2])
+    assert torch.equal(strided, linear_kd_loss(*inputs, student_bias=heads.student_bias))
+    expanded = heads.teacher_bias[:1].expand(96)
+    same = linear_kd_loss(*inputs, teacher_bias=expanded.clone())
+    assert torch.equal(linear_kd_loss(*inputs, teacher_bias=expanded), same)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.usefixtures("implementation")
 def test_a_second_backward_gives_the_same_gradients(
@@ -409,7 +420,7 @@ def test_whole_logits_are_never_allocated(make_heads: Callable[..., Heads], labe
 
 def test_module_is_the_function(make_heads: Callable[..., Heads], labels: Tensor) -> None:
     heads = make_heads(96, torch.float32)
-    settings: dict[str, Any] = {"temperature": 3.0, "ce_weight": 0.4, "divergence": "jsd"}
+    settings: dict[str, Any] = {"temperature": 3.0, "ce_weight": 0.4, "divergence": "jsd", "chunk_size": 2}
     loss = fastdistil.LinearKDLoss(**settings)(
         heads.student_hidden,
         heads.student_weight,
