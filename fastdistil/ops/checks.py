@@ -19,20 +19,20 @@ def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
     would take the tangent as 0."""
     if torch.compiler.is_compiling():
         return
-    functorch = torch._C._functorch
-    for tensor in tensors:
-        inner = tensor
-        while inner is not None and functorch.is_functorch_wrapped_tensor(inner):
-            if functorch.is_gradtrackingtensor(inner):
-                break
-            inner = functorch.get_unwrapped(inner)
-        else:
-            if inner is None or forward_ad.unpack_dual(inner).tangent is None:
-                continue
+    if any(tensor is not None and _in_forward_mode(tensor) for tensor in tensors):
         raise RuntimeError(
             f"{op} has a gradient for backward() and torch.autograd.grad() alone: forward-mode "
             "differentiation, torch.func.grad and torch.func.jvp are not supported"
         )
+
+
+def _in_forward_mode(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_gradtrackingtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)  # of vmap
+    return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
