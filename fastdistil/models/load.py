@@ -147,7 +147,7 @@ def load_model(
     if is_compressed(source):
         raise UserError(f"{source}: a compressed model cannot be loaded as {kind}; fastdistil.load reads it")
     try:
-        with _quiet():
+        with quiet_transformers():
             model, info = auto.from_pretrained(
                 _expanded(source),
                 dtype=dtype,
@@ -235,8 +235,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the progress bar and the report on missing weights of `transformers`: we say it ourselves."""
+def quiet_transformers() -> Iterator[None]:
+    """Without the progress bars and the report on missing weights of `transformers`: we say it ourselves."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastdistil.errors import RunError
+from fastdistil.models.load import quiet_transformers
 
 PROJECTIONS = "projections.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -197,7 +198,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a `transformers` folder, durably; it appears when it is whole, and replaces one of that name."""
     partial = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial))
+    with quiet_transformers():
+        model.save_pretrained(str(partial))
     tokenizer.save_pretrained(str(partial))
     for file in partial.iterdir():
         with open(file, "rb") as handle:

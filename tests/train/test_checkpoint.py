@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from transformers import BertConfig, BertForMaskedLM
+from transformers.utils.logging import enable_progress_bar
 
 from fastdistil.errors import RunError
 from fastdistil.train import checkpoint
@@ -18,6 +19,7 @@ from fastdistil.train.checkpoint import (
     newest_checkpoint,
     rng_state,
     save_checkpoint,
+    save_model,
 )
 
 
@@ -113,6 +115,19 @@ def test_a_checkpoint_is_a_transformers_folder_without_pickles(tmp_path, monkeyp
     assert not info["unexpected_keys"]
     for a, b in zip(model.parameters(), training.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_model_is_saved_without_progress_bars(tmp_path, capfd):
+    class Tokenizer:
+        def save_pretrained(self, folder: str) -> None:
+            (Path(folder) / "tokenizer.json").write_text("{}")
+
+    enable_progress_bar()
+    Training(0).model.save_pretrained(tmp_path / "plain")
+    assert "100%" in capfd.readouterr().err  # what transformers does by itself
+    save_model(Training(0).model, Tokenizer(), tmp_path / "model")
+    assert capfd.readouterr().err == ""
+    assert {file.name for file in (tmp_path / "model").iterdir()} >= {"model.safetensors", "tokenizer.json"}
 
 
 def _cut(file: Path) -> None:
