@@ -100,7 +100,7 @@ def _scores(
     scale: float,
     pairs: Tensor | None,  # (B, 1, block, L)
 ) -> Tensor:
-    scores = (q.to(kt.dtype) * scale) @ kt
+    scores = (q.to(kt.dtype) @ kt) * scale
     return scores if pairs is None else scores.masked_fill_(~pairs, float("-inf"))
 
 

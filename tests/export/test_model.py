@@ -27,7 +27,7 @@ def test_onnx(source: Path, tmp_path: Path) -> None:
         "parameters",
         "largest error",
         "size on disk",
-        "latency, 1 × 16 tokens, 1 thread" + ("s" if result.threads > 1 else ""),
+        f"latency, 1 × 16 tokens, {result.threads} thread" + ("s" if result.threads > 1 else ""),
     ]
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"fastdistil export {source} --format onnx --output PATH" in card
