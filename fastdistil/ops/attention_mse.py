@@ -282,10 +282,14 @@ def attention_mse(
     float16), and matrices of (ds + dt)² numbers. With `reduction="none"` the inputs are kept instead.
 
     Raises:
-        ValueError: head counts that differ, other shapes, dtypes or devices that do not fit, an unknown
-            reduction.
+        ValueError: head counts that differ, other types, shapes, dtypes or devices that do not fit, an
+            unknown reduction.
         RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
+    checks.check_tensors(
+        {"student_q": student_q, "student_k": student_k, "teacher_q": teacher_q, "teacher_k": teacher_k},
+        {"mask": mask},
+    )
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.refuse_forward_mode("attention_mse", student_q, student_k)
     attention = check_attention(

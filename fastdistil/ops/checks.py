@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -12,6 +13,42 @@ from torch.autograd import forward_ad
 REDUCTIONS = ("mean", "sum", "none")
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# A number that is derived from a traced shape is a symbol.
+_INTEGRAL = (Integral, torch.SymInt)
+_REAL = (Real, torch.SymInt, torch.SymFloat)
+# The tensor that is meant, by the last word of an argument's name, where the whole of an output of a model or
+# of a linear layer is given.
+_PARTS = {
+    "logits": "logits",
+    "hidden": "last_hidden_state",
+    "states": "last_hidden_state",
+    "weight": "weight",
+    "projection": "weight",
+    "bias": "bias",
+}
+
+
+def check_tensors(needed: Mapping[str, object], optional: Mapping[str, object]) -> None:
+    """All are tensors, the optional ones may be None. Comes first: any other check asks a tensor."""
+    for name, value in needed.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {_kind(value)}{_part(name, value)}")
+    for name, value in optional.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(f"{name} must be a tensor or None, got {_kind(value)}{_part(name, value)}")
+
+
+def _kind(value: object) -> str:
+    return "None" if value is None else type(value).__name__
+
+
+def _part(name: str, value: object) -> str:
+    part = _PARTS.get(name.rpartition("_")[2])
+    if part is None:
+        return ""
+    if isinstance(getattr(value, part, None), Tensor):
+        return f": give its .{part}"
+    return f": give its [{part!r}]" if isinstance(value, Mapping) and part in value else ""
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor | None) -> None:
@@ -46,19 +83,31 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
 
 
-def check_temperature(temperature: object) -> None:
-    if not isinstance(temperature, float | int):
-        raise ValueError(f"temperature must be a float, got {type(temperature).__name__}")
+def check_number(name: str, value: object, what: str = "a float") -> None:
+    """Python's or numpy's, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, _REAL):
+        raise ValueError(f"{name} must be {what}, got {_kind(value)}")
+
+
+def check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, _INTEGRAL):
+        raise ValueError(f"{name} must be an integer, got {_kind(value)}")
+
+
+def check_temperature(temperature: float) -> None:
+    check_number("temperature", temperature)
     if not 0 < temperature < math.inf:  # and not isfinite(), which torch.compile cannot trace of a symbol
         raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
 
 
 def check_open_unit(name: str, value: float) -> None:
+    check_number(name, value)
     if not 0.0 < value < 1.0:
         raise ValueError(f"{name} must be inside (0, 1), got {value}")
 
 
 def check_label_smoothing(value: float) -> None:
+    check_number("label_smoothing", value)
     if not 0.0 <= value < 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1), got {value}")
 
@@ -67,12 +116,17 @@ def check_weight(name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             raise ValueError(f"{name} must be a float or a 0-dim tensor, got shape {tuple(value.shape)}")
-    elif not -math.inf < value < math.inf:
+        return
+    check_number(name, value, "a float or a 0-dim tensor")
+    if not -math.inf < value < math.inf:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_chunk_size(value: int | None) -> None:
-    if value is not None and value < 1:
+    if value is None:
+        return
+    check_integer("chunk_size", value)
+    if value < 1:
         raise ValueError(f"chunk_size must be > 0, got {value}")
 
 

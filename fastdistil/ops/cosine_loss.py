@@ -92,9 +92,10 @@ def cosine_loss(
     for float16).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, an unknown reduction.
+        ValueError: types, shapes, dtypes or devices that do not fit, an unknown reduction.
         RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
+    checks.check_tensors({"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}, {"mask": mask})
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.refuse_forward_mode("cosine_loss", student_hidden)
     checks.check_floating("student_hidden", student_hidden)

@@ -155,10 +155,14 @@ def hidden_mse(
     for float16 and with a projection); with a projection, the projected states while this runs.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a bias without a projection, an unknown
-            reduction.
+        ValueError: types, shapes, dtypes or devices that do not fit (a projection is the weight of a layer,
+            and not the layer), a bias without a projection, an unknown reduction.
         RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
+    checks.check_tensors(
+        {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden},
+        {"projection": projection, "bias": bias, "mask": mask},
+    )
     checks.check_choice("reduction", reduction, checks.REDUCTIONS)
     checks.refuse_forward_mode("hidden_mse", student_hidden, projection, bias)
     checks.check_floating("student_hidden", student_hidden)

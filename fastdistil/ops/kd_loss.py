@@ -370,11 +370,16 @@ def kd_loss(
     float32 for float16 students, where it would underflow before a loss scaler acts). Nothing else of size V.
 
     Raises:
-        ValueError: shapes, dtypes, devices or vocabularies that do not fit, a temperature that is not > 0 and
-            finite, a ce_weight without labels, an unknown divergence or reduction, labels outside `[0, V)`
-            (on a GPU and in compiled code: a device assertion, without a synchronisation).
+        ValueError: an argument of another type, such as an output of a model for its logits; shapes, dtypes,
+            devices or vocabularies that do not fit, a temperature that is not > 0 and finite, a ce_weight
+            without labels, an unknown divergence or reduction, labels outside `[0, V)` (on a GPU and in
+            compiled code: a device assertion, without a synchronisation).
         RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
+    checks.check_tensors(
+        {"student_logits": student_logits, "teacher_logits": teacher_logits},
+        {"labels": labels, "kd_mask": kd_mask},
+    )
     check_settings(temperature, divergence, jsd_beta, label_smoothing, reduction)
     checks.refuse_forward_mode("kd_loss", student_logits)
     checks.check_floating("student_logits", student_logits)

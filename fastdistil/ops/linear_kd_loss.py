@@ -266,6 +266,9 @@ def linear_kd_loss(
     they are rounded to bfloat16, as torch's own product does). Divergences, the factor T² (always applied)
     and their sources: `kd_loss`.
 
+    The hidden states are what the vocabulary matrix multiplies: in BERT's family behind the head's transform
+    (`fastdistil.models.heads.mlm_head` has both), not the encoder's last ones.
+
     Args:
         student_hidden: `(..., Ds)`; float32, bfloat16, float16 or float64.
         student_weight: `(V, Ds)`, usually the tied embedding. The products run in the dtype of the hidden
@@ -275,9 +278,8 @@ def linear_kd_loss(
         student_bias, teacher_bias: `(V,)`.
         chunk_size: rows of logits that exist at a time. Default: as many as fit a cache-sized budget.
         labels, temperature, kd_weight, ce_weight, divergence, jsd_beta, kd_mask, ignore_index,
-        label_smoothing,
-            reduction, return_terms: as in `kd_loss`; labels and mask have the shape of the hidden states
-            without the last dimension.
+            label_smoothing, reduction, return_terms: as in `kd_loss`; labels and mask have the shape of the
+            hidden states without the last dimension.
 
     Returns:
         The loss in float32 (float64 for float64 students).
@@ -293,6 +295,20 @@ def linear_kd_loss(
             chunk_size that is not > 0.
         RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
+    checks.check_tensors(
+        {
+            "student_hidden": student_hidden,
+            "student_weight": student_weight,
+            "teacher_hidden": teacher_hidden,
+            "teacher_weight": teacher_weight,
+        },
+        {
+            "labels": labels,
+            "student_bias": student_bias,
+            "teacher_bias": teacher_bias,
+            "kd_mask": kd_mask,
+        },
+    )
     check_settings(temperature, divergence, jsd_beta, label_smoothing, reduction)
     checks.refuse_forward_mode("linear_kd_loss", student_hidden, student_weight, student_bias)
     _check_head("student", student_hidden, student_weight, student_bias)

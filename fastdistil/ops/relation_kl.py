@@ -45,6 +45,8 @@ def relation_kl(
         RuntimeError: backward with `create_graph=True`; forward-mode differentiation.
     """
     states = {"student_states": student_states, "teacher_states": teacher_states}
+    checks.check_tensors(states, {"mask": mask})
+    checks.check_integer("num_heads", num_heads)
     for name, tensor in states.items():
         checks.check_floating(name, tensor)
         if tensor.dim() != 3:

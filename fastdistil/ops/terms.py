@@ -89,6 +89,7 @@ def prepare_terms(
     device."""
     checks.check_weight("kd_weight", kd_weight)
     checks.check_weight("ce_weight", ce_weight)
+    checks.check_integer("ignore_index", ignore_index)
     if labels is None and not isinstance(ce_weight, Tensor) and ce_weight != 0:
         raise ValueError(f"ce_weight is {ce_weight}, but there are no labels")
     rows = math.prod(shape)
@@ -123,6 +124,8 @@ def prepare_terms(
 def _scale(weight: float | Tensor, rows: Tensor | int, device: torch.device, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         weight = weight.detach().to(device, dtype)
+    else:
+        weight = float(weight)  # numpy's numbers and fractions divide by rules of their own
     if isinstance(rows, Tensor):
         return weight / rows.to(dtype)
     if isinstance(weight, Tensor):
