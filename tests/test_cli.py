@@ -260,6 +260,27 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_path_may_start_in_the_home_folder(
+    capsys: pytest.CaptureFixture[str],
+    corpus: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No shell expands what stands behind a "="."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model)
+    (tmp_path / "corpus.txt").symlink_to(corpus)
+    prepare = ["prepare", "~/corpus.txt", "--tokenizer=~/model", "--output=~/a/store", "--max-length=32"]
+    assert main(prepare) == 0
+    assert (tmp_path / "a" / "store" / "meta.json").is_file()
+    assert main([*prepare[:3], "--output=~/a/pairs", "--max-length=32", "--pairs"]) == 0
+    assert main(["evaluate", "~/model", "--corpus=~/a/store", "--max-length=32"]) == 0
+    assert "held-out text" in capsys.readouterr().out
+    assert not Path("~").exists()
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_prepare_then_evaluate(
     capsys: pytest.CaptureFixture[str], corpus: Path, model: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,8 @@ README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 SHELL = "\n".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+# Of tasks that the README writes down: the name of the file, in its first line, and what is in it.
+OWN_TASKS = dict(re.findall(r"^```yaml\n# (\S+\.yaml)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL))
 COMMANDS = [line for line in SHELL.splitlines() if line.startswith("fastdistil ")]
 
 
@@ -28,8 +30,9 @@ def test_there_is_an_example() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_command_is_one_that_there_is(line: str) -> None:
+def test_command_is_one_that_there_is(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its options, and what they name: recipe, keys, task, methods. Nothing is run."""
+    monkeypatch.chdir(tmp_path)
     typer = pytest.importorskip("typer")
     from fastdistil.cli import app
     from fastdistil.cli.app import Invocation
@@ -41,6 +44,8 @@ def test_command_is_one_that_there_is(line: str) -> None:
     given = command.make_context(name, arguments, obj=Invocation([])).params
     if name == "train":
         files = {key: given[key] for key in ("teacher", "corpus", "task", "data")}
+        if (task := files["task"]) and task in OWN_TASKS:
+            Path(task).write_text(OWN_TASKS[task])
         load_config(given["recipe"], given["overrides"] or (), **files)
     methods = given.get("methods") or given.get("method")
     if methods:

@@ -53,7 +53,9 @@ Debug = Annotated[
 
 TaskName = Annotated[
     str | None,
-    typer.Option(help="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad, race, ..."),
+    typer.Option(
+        help="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad, race, ..., or a YAML file."
+    ),
 ]
 TaskFolder = Annotated[
     str | None, typer.Option(help="Folder of the task's files (parquet, tsv, json); without it, the hub.")

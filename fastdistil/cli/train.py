@@ -17,7 +17,7 @@ from fastdistil.cli.app import (
 )
 from fastdistil.errors import UserError
 
-TextColumn = Annotated[str, typer.Option(help="Column of parquet, jsonl and `datasets` rows.")]
+TextColumn = Annotated[str, typer.Option(help="Column of parquet, json, csv, tsv and `datasets` rows.")]
 
 
 @app.command()
@@ -28,7 +28,11 @@ def train(
         str | None, typer.Option(help="Folder or hub id of the teacher, or of the model that mlm adapts.")
     ] = None,
     corpus: Annotated[
-        str | None, typer.Option(help="Text files, parquet, jsonl, a `datasets` name or a prepared folder.")
+        str | None,
+        typer.Option(
+            help="Text, parquet, json, csv or tsv files (their column: --set data.text_column=NAME), a "
+            "`datasets` name or a prepared folder."
+        ),
     ] = None,
     task: TaskName = None,
     data: TaskFolder = None,
@@ -66,7 +70,7 @@ def train(
 @app.command()
 def prepare(
     corpus: Annotated[
-        str, typer.Argument(help="Text files, parquet, jsonl, a `datasets` name or `machine`.")
+        str, typer.Argument(help="Text, parquet, json, csv or tsv files, a `datasets` name or `machine`.")
     ],
     tokenizer: Annotated[str, typer.Option(help="Folder or hub id, as a rule the teacher's.")],
     output: Annotated[Path, typer.Option(help="Folder of the token store, which must not exist.")],
@@ -78,7 +82,7 @@ def prepare(
     ] = False,
     document_column: Annotated[
         str | None,
-        typer.Option(help="With --pairs: rows of parquet or jsonl with equal values in it are one document."),
+        typer.Option(help="With --pairs: rows of a file with equal values in this column are one document."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="With --pairs: of their choice; default 0.", min=0)] = None,
     debug: Debug = False,
@@ -134,7 +138,7 @@ def evaluate(
         int | None, typer.Option(help="Use the corpus's first so many; default 2000.", min=1)
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option(help="Column of the corpus's parquet, jsonl or `datasets` rows.")
+        str | None, typer.Option(help="Column of the corpus's parquet, json, csv, tsv or `datasets` rows.")
     ] = None,
     debug: Debug = False,
 ) -> None:

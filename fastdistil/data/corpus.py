@@ -2,17 +2,19 @@
 documents.
 
 A document is one non-empty line of a text file (as in DistilBERT's own preparation script), one non-null
-row of a parquet or JSON-lines column, or one row of a `datasets` column.
+row of a column of parquet, JSON, csv or tsv, or one row of a `datasets` column.
 """
 
 from __future__ import annotations
 
 import copy
+import csv
 import glob
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ from fastdistil.errors import UserError
 
 _JSON_LINES = {".jsonl", ".ndjson"}
 _SUFFIXES = {".txt", ".text", ".parquet", *_JSON_LINES}
+# In a folder of the others these are, as a rule, about the text and not the text.
+_TABLES = {".csv", ".tsv", ".json"}
+COLUMNS = {".parquet", *_JSON_LINES, *_TABLES}  # files that have any
+_LONGEST_FIELD = 2**31 - 1
 _SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 
 
@@ -57,14 +63,17 @@ class Corpus(ABC):
 
 
 class FileCorpus(Corpus):
-    """Text, JSON-lines and parquet files, one after the other."""
+    """Text files and those with a column of texts, one after the other."""
 
     def __init__(self, spec: str, files: list[Path], text_column: str) -> None:
         self.spec = spec
         self.files = files
         self.text_column = text_column
         stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        self.fingerprint = hashlib.sha256(json.dumps([stats, text_column]).encode()).hexdigest()
+        identity: list[Any] = [stats, text_column]
+        if any(file.suffix.lower() in _TABLES for file in files):
+            identity.append("columns")  # not the lines that a text file would have
+        self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
     def read(self, position: dict[str, Any] | None = None) -> Reader:
         at = {"file": 0, "row": 0} if position is None else dict(position)
@@ -128,15 +137,19 @@ def open_corpus(
     Args:
         spec: one of
             - "machine": English that is on this machine already (`fastdistil.data.machine_text`);
-            - a file: `.parquet` and `.jsonl` by their suffix, anything else is UTF-8 text, a document a line;
-            - a folder: its .txt, .text, .jsonl, .ndjson and .parquet files, sorted, also those in folders
-              below. If files, or folders that they lie in, are named after splits ("train.parquet",
-              "validation-00000.parquet", "test/part-0.txt"), only those of `split`;
+            - a file: by its suffix parquet, JSON lines (.jsonl, .ndjson), .json (a list of objects, or one a
+              line), .csv and .tsv (after a line of names; tsv quotes nothing); anything else is UTF-8 text, a
+              document a line;
+            - a folder: its .txt, .text, .jsonl, .ndjson and .parquet files, or where there are none its
+              .json, .csv and .tsv files, sorted, also those in folders below. If files, or folders that they
+              lie in, are named after splits ("train.parquet", "validation-00000.parquet",
+              "test/part-0.txt"), only those of `split`;
             - a glob: the files that match, sorted;
             - otherwise a dataset of the hub, "name" or "name:configuration".
-        text_column: the column of parquet and JSON lines, or of the hub's dataset.
+        text_column: the column of files that have columns, or of the hub's dataset.
         split: of the hub's dataset, or of a folder.
-        streaming: read a hub's dataset while it is downloaded. Files are never held in memory in any case.
+        streaming: read a hub's dataset while it is downloaded. Files are never held in memory in any case,
+            but for JSON that is one list.
 
     Raises:
         UserError: nothing there, not text, or a column that does not exist. Files are checked when they are
@@ -157,7 +170,7 @@ def open_corpus(
             raise UserError(f"corpus {spec!r}: no file matches")
         return FileCorpus(spec, files, text_column)
     looks_like_path = (
-        spec.startswith((".", "/", "~")) or spec.count("/") > 1 or path.suffix.lower() in _SUFFIXES
+        spec.startswith((".", "/", "~")) or spec.count("/") > 1 or path.suffix.lower() in _SUFFIXES | _TABLES
     )
     if looks_like_path or not spec:
         raise UserError(f"corpus {spec!r}: there is no such file or folder")
@@ -165,15 +178,16 @@ def open_corpus(
 
 
 def _files_of_folder(folder: Path, split: str) -> list[Path]:
-    files = [
+    there = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and file.suffix.lower() in _SUFFIXES
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
+    files = [file for file in there if file.suffix.lower() in _SUFFIXES]
+    files = files or [file for file in there if file.suffix.lower() in _TABLES]
     if not files:
-        raise UserError(f"corpus {str(folder)!r}: no {', '.join(sorted(_SUFFIXES))} file in this folder")
+        suffixes = ", ".join(sorted(_SUFFIXES | _TABLES))
+        raise UserError(f"corpus {str(folder)!r}: no {suffixes} file in this folder")
     names = (*_SPLIT_NAMES, split)
     splits = {name: [f for f in files if _belongs_to(f.relative_to(folder), name)] for name in names}
     if not any(splits.values()):
@@ -196,8 +210,12 @@ def file_rows(file: Path, column: str, start: int = 0) -> Iterator[str | None]:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(file, column, start)
-    if suffix in _JSON_LINES:
+    if suffix in _JSON_LINES or (suffix == ".json" and _is_object_a_line(file)):
         return _json_rows(file, column, start)
+    if suffix == ".json":
+        return _json_list_rows(file, column, start)
+    if suffix in (".csv", ".tsv"):
+        return _delimited_rows(file, column, start)
     return _lines(file, start)
 
 
@@ -229,14 +247,64 @@ def _json_rows(file: Path, column: str, start: int) -> Iterator[str | None]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"corpus file {file}, line {number}: not JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"corpus file {file}, line {number}: not a JSON object")
-        if column not in row:
-            raise _no_column(str(file), column, list(row))
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"corpus file {file}, line {number}: {column!r} is not a string")
-        yield text
+        yield _json_text(file, f"line {number}", column, row)
+
+
+def _is_object_a_line(file: Path) -> bool:
+    """Whether a JSON file is written as JSON lines, as `datasets` does whatever it is called."""
+    first = next(filter(None, _lines(file, 0)), "")
+    try:
+        return first.startswith("{") and isinstance(json.loads(first), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+def _json_list_rows(file: Path, column: str, start: int) -> Iterator[str | None]:
+    try:
+        rows = json.loads("\n".join(_lines(file, 0)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"corpus file {file}: not JSON ({error})") from None
+    if not isinstance(rows, list):
+        raise UserError(f"corpus file {file}: neither a list of JSON objects nor one a line")
+    for number, row in enumerate(islice(rows, start, None), start + 1):
+        yield _json_text(file, f"row {number}", column, row)
+
+
+def _json_text(file: Path, where: str, column: str, row: Any) -> str | None:
+    if not isinstance(row, dict):
+        raise UserError(f"corpus file {file}, {where}: not a JSON object")
+    if column not in row:
+        raise _no_column(str(file), column, list(row))
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"corpus file {file}, {where}: {column!r} is not a string")
+    return text
+
+
+def _delimited_rows(file: Path, column: str, start: int) -> Iterator[str | None]:
+    csv.field_size_limit(_LONGEST_FIELD)  # a field may be a whole document, and 128 KiB are the usual limit
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        # As in a task's files: what is separated by tabs quotes nothing, and a lone " is text.
+        tabs = file.suffix.lower() == ".tsv"
+        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
+        rows = filter(None, reader)
+        try:
+            names = next(rows, [])
+            if names and column not in names:
+                raise _no_column(str(file), column, names)
+            for number, row in enumerate(rows, 1):
+                if len(row) > len(names):
+                    raise UserError(
+                        f"corpus file {file}, row {number}: {len(row)} fields, but there are {len(names)} "
+                        "columns"
+                    )
+                if number > start:
+                    yield dict(zip(names, row, strict=False)).get(column)
+        except csv.Error as error:
+            raise UserError(f"corpus file {file}, line {reader.line_num}: {error}") from None
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise UserError(f"corpus file {file} is not UTF-8 text: byte 0x{byte:02x}") from None
 
 
 def _parquet_rows(file: Path, column: str, start: int) -> Iterator[str | None]:
@@ -265,7 +333,10 @@ def _parquet_rows(file: Path, column: str, start: int) -> Iterator[str | None]:
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> UserError:
-    return UserError(f"corpus {where}: no column {column!r}; the columns there are {', '.join(columns)}")
+    return UserError(
+        f"corpus {where}: no column {column!r}; the columns there are {', '.join(columns)} (name one by "
+        "--text-column, or data.text_column of a recipe)"
+    )
 
 
 def _open_dataset(spec: str, text_column: str, split: str, streaming: bool) -> Corpus:

@@ -206,7 +206,7 @@ def build_pair_store(
 
     def sequences() -> Iterator[list[int]]:
         rng = random.Random(seed)
-        with TemporaryFile(dir=Path(out_dir).parent) as file:
+        with TemporaryFile(dir=Path(out_dir).expanduser().parent) as file:
             sentences = _tokenised(read_documents(documents, document_column), DocumentEncoder(tokenizer))
             dtype = np.dtype(np.uint16 if facts.vocab_size <= 1 << 16 else np.uint32)
             sentence_starts, document_starts = _write_tokens(sentences, file, dtype, max_length, enough)

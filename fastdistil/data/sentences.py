@@ -8,7 +8,7 @@ from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
-from fastdistil.data.corpus import Corpus, FileCorpus, file_rows
+from fastdistil.data.corpus import COLUMNS, Corpus, FileCorpus, file_rows
 from fastdistil.errors import UserError
 
 _STOP = re.compile(r"""([.!?…])["'”’»)\]]*\s+(?=["'“‘«(\[]*(\w))""")
@@ -23,7 +23,6 @@ _ABBREVIATION = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _LONGEST_ABBREVIATION = 12
-_COLUMNS = (".parquet", ".jsonl", ".ndjson")
 
 
 def split_sentences(text: str) -> list[str]:
@@ -56,7 +55,7 @@ def read_documents(corpus: Corpus | Iterable[str], document_column: str | None =
 
     A document is a row of the corpus. Two kinds of files hold documents of several rows: in a text file with
     empty lines between its lines these separate the documents, as in BERT's own input format; and with a
-    `document_column` consecutive rows of parquet or JSON lines that have the same value in it are one.
+    `document_column` consecutive rows of another file that have the same value in it are one.
 
     Raises:
         UserError: `document_column` of a corpus that has none, or what reading the corpus raises.
@@ -65,7 +64,7 @@ def read_documents(corpus: Corpus | Iterable[str], document_column: str | None =
         if document_column is not None:
             spec = corpus.spec if isinstance(corpus, Corpus) else "documents"
             raise UserError(
-                f"corpus {spec!r}: only parquet and JSON-lines files are read with a document column, "
+                f"corpus {spec!r}: only parquet, JSON, csv and tsv files are read with a document column, "
                 f"not {document_column!r} of this corpus"
             )
         rows = ([row] for row in corpus)
@@ -85,12 +84,12 @@ def _documents_of(file: Path, text_column: str, document_column: str | None) -> 
     """The documents of one file, as lists of rows."""
     texts = file_rows(file, text_column, 0)
     if document_column is not None:
-        if file.suffix.lower() not in _COLUMNS:
+        if file.suffix.lower() not in COLUMNS:
             raise UserError(f"corpus file {file}: a text file has no column {document_column!r}")
         rows = zip(file_rows(file, document_column, 0), texts, strict=True)
         for _, group in groupby(rows, key=itemgetter(0)):
             yield [text for _, text in group if text]
-    elif file.suffix.lower() not in _COLUMNS and _has_empty_lines(texts):
+    elif file.suffix.lower() not in COLUMNS and _has_empty_lines(texts):
         for is_text, lines in groupby(file_rows(file, text_column, 0), key=bool):
             if is_text:
                 yield [line for line in lines if line]

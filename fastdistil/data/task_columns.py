@@ -13,7 +13,7 @@ from typing import Any
 from fastdistil.errors import UserError
 
 # A label that is kept back, as the hub, GLUE's files and SNLI's files write it.
-_NO_LABEL = (None, "", "-", -1, "-1")
+NO_LABEL = (None, "", "-", -1, "-1")
 
 
 def texts(where: str, name: str, values: Sequence[Any], *, incomplete: bool = False) -> list[str | None]:
@@ -43,22 +43,26 @@ def joined_texts(where: str, name: str, values: Sequence[Any]) -> list[str]:
 def class_numbers(
     where: str, name: str, values: Sequence[Any], classes: tuple[str, ...], *, incomplete: bool = False
 ) -> list[int | None]:
-    """The number of each label, which is a number or the name of a class.
+    """The number of each label, which is a number or the name of a class; of classes that are called by
+    numbers, such as 1 to 5, the name.
 
     With `incomplete`, None where there is no label, unless there is none at all.
     """
     _refuse_hidden(where, name, values, incomplete)
     number_of = {label: number for number, label in enumerate(classes)}
+    names_alone = any(_whole_number(label) is not None for label in classes)
     numbers: list[int | None] = []
     for row, value in enumerate(values, 1):
-        if value in _NO_LABEL:
+        if value in NO_LABEL:
             numbers.append(None)
             continue
-        number = number_of.get(value) if isinstance(value, str) else None
-        if number is None:
-            number = _whole_number(value)
+        whole = _whole_number(value)
+        number = number_of.get(value if isinstance(value, str) else str(whole))
+        if number is None and not names_alone:
+            number = whole
         if number is None or not 0 <= number < len(classes):
-            known = ", ".join(f"{number} ({label})" for number, label in enumerate(classes))
+            numbered = [f"{number} ({label})" for number, label in enumerate(classes)]
+            known = ", ".join(classes if names_alone else numbered)
             raise UserError(f"{where}, row {row}: {name!r} is {value!r}; the classes are {known}")
         numbers.append(number)
     return numbers
@@ -73,10 +77,9 @@ def scores(where: str, name: str, values: Sequence[Any], least: float, greatest:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not least <= number <= greatest:
-            raise UserError(
-                f"{where}, row {row}: {name!r} is {value!r}, not a number from {least:g} to {greatest:g}"
-            )
+        if not (least <= number <= greatest and math.isfinite(number)):
+            bounds = "" if math.inf in (-least, greatest) else f" from {least:g} to {greatest:g}"
+            raise UserError(f"{where}, row {row}: {name!r} is {value!r}, not a number{bounds}")
         numbers.append(number)
     return numbers
 
@@ -103,7 +106,7 @@ def chosen_options(
     classes: tuple[str, ...],
 ) -> list[int | None]:
     """Which option is right, from a column of numbers, of letters or of the options' own texts."""
-    short = [value in _NO_LABEL or value in classes or _whole_number(value) is not None for value in values]
+    short = [value in NO_LABEL or value in classes or _whole_number(value) is not None for value in values]
     worded = all(value in choices for value, choices in zip(values, options, strict=True))
     # An option may itself be a letter or a number: a column of options' texts may hold a few such.
     if all(short) or (any(short) and not worded):
@@ -163,7 +166,7 @@ def _answers_of(where: str, name: str, value: Any) -> list[tuple[Any, Any]]:
 
 
 def _refuse_hidden(where: str, name: str, values: Sequence[Any], incomplete: bool) -> None:
-    without = [row for row, value in enumerate(values, 1) if value in _NO_LABEL]
+    without = [row for row, value in enumerate(values, 1) if value in NO_LABEL]
     if without and (len(without) == len(values) or not incomplete):
         value = values[without[0] - 1]
         what = "missing" if value in (None, "") else repr(value)

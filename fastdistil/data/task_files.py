@@ -94,9 +94,9 @@ def read_hub(path: str, configuration: str, split: str, wanted: set[str]) -> Tab
         return library_table(split)
     import datasets
 
-    where = f"{path} ({configuration}), split {split!r}"
+    where = f"{path} ({configuration}), split {split!r}" if configuration else f"{path}, split {split!r}"
     try:
-        dataset = datasets.load_dataset(path, configuration, split=split)
+        dataset = datasets.load_dataset(path, configuration or None, split=split)
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where}: not loaded from the hub: {reason}") from None

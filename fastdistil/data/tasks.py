@@ -7,6 +7,7 @@ Benchmark and Analysis Platform for Natural Language Understanding".
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastdistil.data.task_columns import (
     scores,
     texts,
 )
+from fastdistil.data.task_file import SUFFIXES, read_task_file
 from fastdistil.data.task_files import (
     MACHINE,
     VALIDATION,
@@ -49,8 +51,8 @@ class Task:
         label: the label's column.
         labels: the names of the classes or options, in the order of their numbers.
         metrics: `evaluate_task` computes these, and `mean_score` is their mean.
-        hub: the dataset of the hub, and its configuration; or "machine", of a task that is on this machine
-            already (`fastdistil.data.machine_task`).
+        hub: the dataset of the hub, and its configuration, which may be ""; or "machine", of a task that is
+            on this machine already (`fastdistil.data.machine_task`); "" for both: in files alone.
         splits: the one to train on, then those to be scored on, the first being the usual one.
         aliases: column -> other names that it has in files.
         header: the columns of files that come without their names.
@@ -58,6 +60,7 @@ class Task:
         score_range: the least and the greatest target of a regression.
         incomplete: the dataset has rows without a label or with a blank text, which are left out; in other
             tasks such a row is an error.
+        file: that the task is written in; None: it is one of ours.
     """
 
     name: str
@@ -73,6 +76,12 @@ class Task:
     stems: dict[str, str] = field(default_factory=dict)
     score_range: tuple[float, float] | None = None
     incomplete: bool = False
+    file: Path | None = None
+
+    @property
+    def argument(self) -> str:
+        """What `find_task` finds it by, such as the option --task."""
+        return self.name if self.file is None else str(self.file)
 
     @property
     def num_labels(self) -> int:
@@ -229,14 +238,35 @@ TASKS = {task.name: task for task in _TASKS}
 
 
 def find_task(name: str) -> Task:
-    """The task of this name, without regard to case and hyphens: "SST-2" is "sst2". UserError if there is
-    none."""
+    """The task of this name, without regard to case and hyphens ("SST-2" is "sst2"), or that is written in
+    the YAML file of this path (see `fastdistil.data.task_file`). UserError if there is none."""
+    if name.lower().endswith(SUFFIXES):
+        return _own_task(Path(name).expanduser())
     wanted = name.lower().replace("-", "")
     if wanted in TASKS:
         return TASKS[wanted]
     near = difflib.get_close_matches(wanted, TASKS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the tasks are {', '.join(TASKS)}"
+    known = f"the tasks are {', '.join(TASKS)}; one of your own is a YAML file, tasks/{wanted}.yaml"
+    hint = f"did you mean {near[0]!r}?" if near else known
     raise UserError(f"unknown task {name!r}; {hint}")
+
+
+def _own_task(file: Path) -> Task:
+    own = read_task_file(file)
+    path, _, configuration = (own.hub or "").partition(":")
+    regression = own.kind == "regression"
+    return Task(
+        name=own.name or file.stem,
+        kind=own.kind,
+        columns=tuple(own.columns),
+        label=own.label,
+        labels=tuple(own.labels),
+        metrics=tuple(own.metrics or (("pearson", "spearman") if regression else ("accuracy",))),
+        hub=(path, configuration),
+        splits=tuple(own.splits),
+        score_range=own.range or (-math.inf, math.inf) if regression else None,
+        file=file,
+    )
 
 
 def read_examples(task: Task, data: str | Path | None, split: str) -> Examples:
@@ -257,6 +287,8 @@ def read_examples(task: Task, data: str | Path | None, split: str) -> Examples:
         splits = sorted(dict.fromkeys((*task.splits[1:], "validation")), key=lambda name: name == "test")
     wanted = {name for column in (*task.columns, task.label) for name in _spellings(task, column)}
     wanted |= set(_SINGLE_ANSWER)
+    if data is None and not task.hub[0]:
+        raise UserError(f"{task.file} names no dataset of the hub: give the folder of its files, --data")
     if data is None or (data == MACHINE and task.hub[0] == MACHINE):
         there = task.splits[1] if split in VALIDATION else split
         return _examples(task, read_hub(*task.hub, there, wanted), there)

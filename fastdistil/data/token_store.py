@@ -149,7 +149,7 @@ class TokenStore:
     @classmethod
     def open(cls, path: str | Path) -> TokenStore:
         """Opens and verifies a store. UserError if the folder is not a whole store."""
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             meta = StoreMeta(**json.loads((path / "meta.json").read_text()))
         except (OSError, ValueError, TypeError) as error:
@@ -246,7 +246,7 @@ def write_store(
 
     `pairs`, for a store of sentence pairs, has one `PAIR` record a sequence when the sequences are exhausted.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).expanduser()
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise UserError(f"{out_dir} exists already and is not empty")
     out_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -327,7 +327,7 @@ def _sha256(file: Path) -> str:
 def default_cache_dir() -> Path:
     """$FASTDISTIL_CACHE, else fastdistil/ in $XDG_CACHE_HOME or ~/.cache."""
     if path := os.environ.get("FASTDISTIL_CACHE"):
-        return Path(path)
+        return Path(path).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastdistil"
 
 
@@ -360,7 +360,8 @@ def open_or_build(
 ) -> TokenStore:
     """The store that `identity` (JSON-able) names in the cache; made by `build` if it is not there whole."""
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-    path = (Path(cache_dir) if cache_dir is not None else default_cache_dir()) / "tokens" / key
+    root = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    path = root / "tokens" / key
     if path.exists():
         try:
             return TokenStore.open(path)

@@ -146,7 +146,7 @@ def summarize(
         return _summary(source, model, None)
     model, tokenizer = load_masked_lm(source, next_sentence=True)
     length = _length(source, model, max_length, LENGTH)
-    if (Path(corpus) / "meta.json").is_file():
+    if (Path(corpus).expanduser() / "meta.json").is_file():
         store = open_token_store(corpus, tokenizer, max_length=length)
     else:
         text = open_corpus(corpus, text_column=text_column, split=split)

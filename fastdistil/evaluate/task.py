@@ -84,16 +84,25 @@ def check_teacher(
     *,
     allow_weak: bool,
 ) -> None:
-    """Say what a teacher scores; `UserError` for one no better than chance, unless that is allowed."""
+    """Say what a teacher scores; `UserError` for one no better than chance, unless that is allowed.
+
+    N examples must show more than N^-0.5 above it, which of a few, or of one class, not even 1 would be.
+    """
     score, chance = mean_score(task, scores), chance_score(task, labels)
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
     say(f"teacher {source} on {task.name}: {shown} (chance: {chance:.4f})")
+    least = chance + len(labels) ** -0.5
+    if least >= 1 and not allow_weak:
+        raise UserError(
+            f"{len(labels)} validation examples of {task.name} are too few to tell whether teacher {source} "
+            f"is above chance, which is {chance:.4f}: give more, or add --allow-weak-teacher"
+        )
     # Not "<=": a score that is not a number is weak, too.
-    if not score > chance + len(labels) ** -0.5 and not allow_weak:
+    if not score > least and not allow_weak:
         raise UserError(
             f"teacher {source} scores {score:.4f} on {task.name}, and chance is {chance:.4f}: there is "
             f"nothing to learn from it; fine-tune it first (fastdistil train finetune --teacher {source} "
-            f"--task {task.name}), or add --allow-weak-teacher"
+            f"--task {task.argument}), or add --allow-weak-teacher"
         )
 
 
@@ -189,10 +198,21 @@ def _f1(answers: Tensor, labels: Tensor) -> float:
     return binary_f1_score(answers, labels).item()
 
 
-def _matthews(answers: Tensor, labels: Tensor) -> float:
-    from torchmetrics.functional.classification import binary_matthews_corrcoef
+def _macro_f1(answers: Tensor, labels: Tensor) -> float:
+    """The mean of the classes' F1, over those that are answered or right."""
+    from torchmetrics.functional.classification import multiclass_f1_score
 
-    return 0.0 if _constant(answers, labels) else binary_matthews_corrcoef(answers, labels).item()
+    classes = int(torch.maximum(answers.max(), labels.max())) + 1
+    return multiclass_f1_score(answers, labels, max(2, classes), average="macro").item()
+
+
+def _matthews(answers: Tensor, labels: Tensor) -> float:
+    from torchmetrics.functional.classification import multiclass_matthews_corrcoef
+
+    if _constant(answers, labels):
+        return 0.0
+    classes = int(torch.maximum(answers.max(), labels.max())) + 1
+    return multiclass_matthews_corrcoef(answers, labels, classes).item()
 
 
 def _pearson(answers: Tensor, labels: Tensor) -> float:
@@ -215,6 +235,7 @@ def _constant(*values: Tensor) -> bool:
 _METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
+    "macro_f1": _macro_f1,
     "matthews": _matthews,
     "pearson": _pearson,
     "spearman": _spearman,

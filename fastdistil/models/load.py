@@ -126,6 +126,31 @@ def max_positions(model: Any) -> int:
     return positions - config.pad_token_id - 1 if config.model_type in _BEHIND_PADDING else positions
 
 
+def load_model_config(source: str | Path, kind: str) -> Any:
+    """The config of a `transformers` folder or of a hub model, without its weights.
+
+    `kind` is what the folder should hold, for the message. Raises `UserError` if there is none.
+    """
+    from transformers import AutoConfig
+
+    import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
+
+    _check_folder(source)
+    try:
+        return AutoConfig.from_pretrained(_expanded(source), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: {_why(source, error, kind)}") from error
+
+
+def read_depth(source: str | Path) -> int:
+    """The number of layers that a model's config names, 0 where it names none.
+
+    Raises as `load_model_config`.
+    """
+    depth: int = getattr(load_model_config(source, "a model"), "num_hidden_layers", 0)
+    return depth
+
+
 def _expanded(source: str | Path) -> str:
     """A folder may be given from the home folder on: in YAML or behind `--set` no shell expands it."""
     return str(Path(source).expanduser()) if str(source).startswith("~") else str(source)
@@ -223,9 +248,10 @@ def _check_folder(source: str | Path) -> None:
 
 
 def _why(source: str | Path, error: Exception, kind: str) -> str:
-    if not Path(source).is_dir():
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
         return f"neither a folder here nor a model that the hub gives us ({_first_line(error)})"
-    if not any(Path(source).glob("*.safetensors*")):
+    if not any(folder.glob("*.safetensors*")):
         return "the folder has no safetensors weights (other formats are not read)"
     return f"cannot be loaded as {kind} ({_first_line(error)})"
 

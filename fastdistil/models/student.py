@@ -298,30 +298,31 @@ def _as_distilbert(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 _PROBE = "Élan vital: HTTP/2's naïve 3.5% re-run [sic], ﬁve — 東京 😀 unbelievably\tgood?!"
 
 
-def check_same_tokenizer(teacher: Any, student: Any) -> None:
+def check_same_tokenizer(teacher: Any, student: Any, names: tuple[str, str] = ("teacher", "student")) -> None:
     """Raise `UserError`, naming the first difference, unless both tokenizers turn text into the same ids.
 
     Compared are the vocabularies, the special tokens, and the ids of a sentence that casing, accents,
-    punctuation and non-Latin text would split differently.
+    punctuation and non-Latin text would split differently. `names` are whose they are, for the message.
     """
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
-    if theirs != ours:
-        by_id = [{index: token for token, index in vocab.items()} for vocab in (theirs, ours)]
-        index = min(i for i in by_id[0].keys() | by_id[1].keys() if by_id[0].get(i) != by_id[1].get(i))
-        _differ(f"token {index} is {by_id[0].get(index)!r}", repr(by_id[1].get(index)))
+    if difference := _tokenizer_difference(teacher, student):
+        raise UserError(
+            f"{names[0]} and {names[1]} have different tokenizers: {difference[0]} in the first but "
+            f"{difference[1]} in the second; both are given the same token ids"
+        )
+
+
+def _tokenizer_difference(first: Any, second: Any) -> tuple[str, str] | None:
+    vocabularies = first.get_vocab(), second.get_vocab()
+    if vocabularies[0] != vocabularies[1]:
+        a, b = ({index: token for token, index in vocabulary.items()} for vocabulary in vocabularies)
+        index = min(i for i in a.keys() | b.keys() if a.get(i) != b.get(i))
+        return f"token {index} is {a.get(index)!r}", repr(b.get(index))
     for name in ("pad_token", "mask_token", "cls_token", "sep_token", "unk_token"):
-        a, b = getattr(teacher, name), getattr(student, name)
-        if a != b:
-            _differ(f"the {name} is {a!r}", repr(b))
-    a, b = teacher(_PROBE)["input_ids"], student(_PROBE)["input_ids"]
-    if a != b:
-        a_tokens, b_tokens = teacher.convert_ids_to_tokens(a), student.convert_ids_to_tokens(b)
-        i = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        _differ(f"the same text becomes {a_tokens[i : i + 3]}", str(b_tokens[i : i + 3]))
-
-
-def _differ(teacher: str, student: str) -> None:
-    raise UserError(
-        f"teacher and student have different tokenizers: {teacher} in the teacher's but {student} in the "
-        "student's; vocabulary distillation needs the same one"
-    )
+        if getattr(first, name) != getattr(second, name):
+            return f"the {name} is {getattr(first, name)!r}", repr(getattr(second, name))
+    ids = first(_PROBE)["input_ids"], second(_PROBE)["input_ids"]
+    if ids[0] == ids[1]:
+        return None
+    tokens = first.convert_ids_to_tokens(ids[0]), second.convert_ids_to_tokens(ids[1])
+    i = next((i for i, (x, y) in enumerate(zip(*ids, strict=False)) if x != y), min(map(len, ids)))
+    return f"the same text becomes {tokens[0][i : i + 3]}", str(tokens[1][i : i + 3])

@@ -12,6 +12,7 @@ from fastdistil.models.load import (
     head_keys,
     load_fitting_tokenizer,
     load_model,
+    load_model_config,
 )
 
 if TYPE_CHECKING:
@@ -65,13 +66,18 @@ def load_task_model(
                 "fine-tuned on it"
             )
         return model, load_fitting_tokenizer(source, model, masks=False)
+    kind = f"a model for {task.kind}"
+    # Not by keywords of `from_pretrained`: it refuses one label of a config that is of a classification.
+    config = load_model_config(source, kind)
+    config.problem_type = _PROBLEMS.get(task.kind)
+    if config.num_labels != len(names):
+        config.num_labels = len(names)
     model, info = load_model(
         source,
         dtype,
         getattr(transformers, _AUTO[task.kind]),
-        f"a model for {task.kind}",
-        num_labels=len(names),
-        problem_type=_PROBLEMS.get(task.kind),
+        kind,
+        config=config,
         ignore_mismatched_sizes=True,  # of a head for another number of labels; others are refused below
     )
     missing = set(info["missing_keys"])
@@ -129,7 +135,7 @@ def _no_head(
         theirs, ours = next(iter(resized.values()))
         name = common_prefix(sorted(resized))
         problem = f"its head {name!r} is of size {theirs[0]}, but {task.name} needs {ours[0]}"
-    command = f"fastdistil train finetune --teacher {source} --task {task.name}"
+    command = f"fastdistil train finetune --teacher {source} --task {task.argument}"
     return UserError(f"{source}: {problem}; fine-tune one first: {command}")
 
 

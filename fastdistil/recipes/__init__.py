@@ -66,9 +66,13 @@ def load_recipe(name_or_path: str | Path) -> dict[str, Any]:
         source = resources.files(__name__).joinpath(f"{text}.yaml").read_text(encoding="utf-8")
     elif text.endswith((".yaml", ".yml")):
         try:
-            source = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read recipe {text}: {error}") from None
+            source = Path(text).expanduser().read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise UserError(f"cannot read recipe {text}: there is no such file") from None
+        except OSError as error:
+            raise UserError(f"cannot read recipe {text}: {(error.strerror or str(error)).lower()}") from None
+        except UnicodeDecodeError:
+            raise UserError(f"cannot read recipe {text}: it is not UTF-8 text") from None
     else:
         near = difflib.get_close_matches(text, _names(), n=1, cutoff=0.5)
         hint = (

@@ -104,7 +104,7 @@ def _tinybert(
     model, own_tokenizer = None, tokenizer
     if config.masked_lm is not None:
         model, own_tokenizer = load_masked_lm(config.masked_lm)
-        check_same_tokenizer(tokenizer, own_tokenizer)
+        check_same_tokenizer(tokenizer, own_tokenizer, ("student", "augment.masked_lm"))
         model.to(device)
     if config.vectors is not None:
         neighbours = Neighbours.from_file(config.vectors)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from fastdistil.data.token_store import default_cache_dir
+from fastdistil.paths import one_spelling
 
 
 def cache_file(kind: str, identity: Any, suffix: str, cache_dir: Path | None) -> Path:
     """The file of `identity`, which is JSON-able; `cache_dir` None: ~/.cache/fastdistil."""
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
-    return (cache_dir or default_cache_dir()) / kind / f"{name}{suffix}"
+    root = default_cache_dir() if cache_dir is None else cache_dir.expanduser()
+    return root / kind / f"{name}{suffix}"
 
 
 def write_aside(file: Path, write: Callable[[Path], None]) -> None:
@@ -34,4 +36,5 @@ def model_fingerprint(source: str) -> list[Any]:
     # The config too: it says which output of the head is which label.
     files = [*sorted(path.glob("*.safetensors")), path / "config.json"] if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
-    return [source, [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]]
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return [one_spelling(source), stats]

@@ -40,7 +40,7 @@ def check_complete(config: "RunConfig") -> None:
     if config.run.head_warmup_steps and (config.uses_teacher or config.task is not None):
         raise UserError("run.head_warmup_steps is for a masked language model without a teacher")
     layers, count = config.student.teacher_layers, config.student.num_layers
-    if layers is not None and count is not None and len(layers) != count:
+    if isinstance(layers, list) and count is not None and len(layers) != count:
         raise UserError(f"student.teacher_layers names {len(layers)} layers, student.num_layers is {count}")
 
 
@@ -93,8 +93,6 @@ def _check_stages(config: "RunConfig") -> None:
 def _check_only_stage(config: "RunConfig") -> None:
     """Whether it reads text or a task is for the command line to say, which the objectives must fit."""
     names = {objective.name for objective in config.objectives}
-    if not names:
-        raise UserError("objectives is missing")
     if config.task is None and "prediction" in names:
         raise UserError(_needs_task(config))
     if config.task is not None and names & {"vocabulary", "next_sentence"}:

@@ -16,11 +16,12 @@ from pydantic import BaseModel, Field, ValidationError
 
 from fastdistil.data.tasks import find_task
 from fastdistil.errors import UserError
+from fastdistil.paths import one_spelling
 from fastdistil.recipes import for_variant, load_recipe
 from fastdistil.schema import Section
 from fastdistil.train.check import check_complete
 from fastdistil.train.objective_config import OBJECTIVES, ObjectiveConfig
-from fastdistil.train.overrides import OF_A_STAGE, apply_override, set_key, with_whole_stages
+from fastdistil.train.overrides import OF_A_STAGE, apply_overrides, last_value, set_key, with_whole_stages
 from fastdistil.train.sections import (
     AugmentConfig,
     DataConfig,
@@ -34,6 +35,10 @@ from fastdistil.train.sections import (
     TaskConfig,
 )
 
+# Keys of a model, a file or a folder: wherever they stand, the same place may be spelt in several ways.
+_SOURCES = ("teacher", "from_model", "data", "corpus", "validation", "tokenizer", "masked_lm", "vectors")
+# What gives a key that is missing.
+_HINTS = {"task.name": ": --task NAME (sst2, mrpc, ...)"}
 # Of a recipe, for its reader: they decide nothing.
 _PROSE = ("description", "paper", "equations", "checked_against", "measured")
 
@@ -105,10 +110,19 @@ class RunConfig(Section):
         plain = self.model_dump(mode="json", exclude={"output", "allow_weak_teacher", *_PROSE})
         for section in (plain, *plain["stages"]):
             del section["data"]["cache_dir"]
-        return plain
+        normal: dict[str, Any] = _with_normal_paths(plain)
+        return normal
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _with_normal_paths(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _with_normal_paths(item, name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_with_normal_paths(item) for item in value]
+    return one_spelling(value) if key in _SOURCES and isinstance(value, str) else value
 
 
 def uses_teacher(objective: ObjectiveConfig) -> bool:
@@ -133,17 +147,21 @@ def load_config(
 
     A name may end in `:variant`. What the recipe says of the task goes first, then its variant, then the
     overrides. `teacher` is the model to learn from; for a recipe without distillation, the model to train.
-    `task` and `data` are the name of a task and the folder of its files. An override of what each stage of
-    the recipe says for itself, such as run.epochs, is one of all stages.
+    `task` and `data` are the name of a task and the folder of its files. An override that names no stage,
+    such as run.epochs=2, is one of all stages, but for a stage with an override of its own.
 
     Raises `UserError`, one line with the dotted key, for anything that does not fit.
     """
     name, _, variant = str(recipe).partition(":")
     plain = load_recipe(name)
     plain.setdefault("recipe", Path(name).stem)
-    task = _named_task(plain, overrides) if task is None else task
+    named = last_value(overrides, "task.name")
+    if task is None:
+        task = _task_of(plain) if named is None else str(named)
+    elif named is not None and find_task(str(named)).argument != find_task(task).argument:
+        raise _two_values("--task", task, "task.name", named)
     found = None if task is None else find_task(task)
-    task = None if found is None else found.name  # however it is spelt
+    task = None if found is None else found.argument  # however it is spelt
     tasks = plain.get("tasks") or {}
     changes = [*tasks.get(task, {}).items(), *(for_variant(plain, variant).items() if variant else ())]
     if variant:
@@ -152,10 +170,12 @@ def load_config(
         plain.pop(key, None)
     for key, value in changes:
         set_key(plain, key, value)
-    for override in overrides:
-        apply_override(plain, override)
+    apply_overrides(plain, overrides)
     for section, key, text in (("task", "name", task), ("task", "data", data), ("data", "corpus", corpus)):
         if text is not None:
+            other = last_value(overrides, f"{section}.{key}")
+            if key != "name" and other not in (None, text):
+                raise _two_values(f"--{key}", text, f"{section}.{key}", other)
             if not isinstance(plain.get(section), dict | None):
                 raise UserError(f"{section} is a section of keys, got {plain[section]!r}")
             plain[section] = {**(plain.get(section) or {}), key: text}
@@ -167,25 +187,28 @@ def load_config(
             raise UserError(
                 f"recipe {config.recipe} trains its own teacher: use recipe distilbert for {teacher}"
             )
-        if config.uses_teacher:
-            plain["teacher"] = teacher
-        else:
-            plain.setdefault("student", {})["from_model"] = teacher
-    name = config.recipe.replace(":", "-") + ("" if config.task is None else f"-{config.task.name}")
+        key = "teacher" if config.uses_teacher else "student.from_model"
+        if (other := last_value(overrides, key)) not in (None, teacher):
+            raise _two_values("--teacher", teacher, key, other)
+        set_key(plain, key, teacher)
+    name = config.recipe.replace(":", "-") + ("" if found is None else f"-{found.name}")
     plain["output"] = str(Path(output or plain.get("output") or Path("runs") / name).expanduser())
     config = _validate(plain)
     check_complete(config)
+    if corpus is not None and all(stage.reads == "task" for stage in config.student_stages):
+        raise UserError(f"--corpus: recipe {config.recipe} reads the task's examples alone; leave it out")
     return config
 
 
-def _named_task(plain: dict[str, Any], overrides: Sequence[str]) -> str | None:
-    """The task that the recipe, or the last override, names."""
-    given = [
-        text for key, _, text in (override.partition("=") for override in overrides) if key == "task.name"
-    ]
+def _task_of(plain: dict[str, Any]) -> str | None:
+    """The task that the recipe names."""
     section = plain.get("task")
-    name = given[-1] if given else section.get("name") if isinstance(section, dict) else None
+    name = section.get("name") if isinstance(section, dict) else None
     return name if isinstance(name, str) else None
+
+
+def _two_values(option: str, value: str, key: str, other: Any) -> UserError:
+    return UserError(f"{option} {value} and {key}={other} contradict each other: give one of them")
 
 
 def read_config(path: Path) -> RunConfig:
@@ -193,7 +216,8 @@ def read_config(path: Path) -> RunConfig:
     try:
         return _validate(yaml.safe_load(path.read_text()))
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not the configuration of a run: {error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} is not the configuration of a run: {reason}") from None
 
 
 def first_difference(old: RunConfig, new: RunConfig) -> str | None:
@@ -214,9 +238,12 @@ def _difference(old: Any, new: Any, path: str) -> str | None:
 
 def _validate(plain: Any) -> RunConfig:
     try:
-        return RunConfig.model_validate(with_whole_stages(plain))
+        config = RunConfig.model_validate(with_whole_stages(plain))
     except ValidationError as error:
         raise UserError(_explain(error)) from None
+    if not (config.objectives or config.stages):
+        raise UserError("objectives: name at least one")
+    return config
 
 
 def _explain(error: ValidationError) -> str:
@@ -235,7 +262,13 @@ def _explain(error: ValidationError) -> str:
         hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
         return f"unknown key {dotted}: {hint}"
     if first["type"] == "missing":
-        return f"{dotted} is missing"
+        return f"{dotted} is missing" + _HINTS.get(dotted, "")
+    if first["type"] == "too_short":
+        return f"{dotted}: name at least one"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{dotted} is a section of keys, got {first['input']!r}"
+    if first["type"] == "union_tag_not_found":
+        return f"{dotted}.name is missing: one of {', '.join(OBJECTIVES)}"
     if first["type"] == "union_tag_invalid":
         return f"{dotted}.name must be one of {', '.join(OBJECTIVES)}, got {first['ctx']['tag']!r}"
     message = first["msg"].removeprefix("Value error, ")

@@ -55,7 +55,7 @@ class Phase:
     checkpoint_every: int
     checkpoints: Path
     fingerprint: str
-    evaluate: Callable[[Any], dict[str, float]]  # on held-out text, run by the main process
+    evaluate: Callable[[Any], dict[str, float]] | None  # on held-out text, run by the main process
     parameters: list[nn.Parameter] | None = None  # None: all
 
 
@@ -226,7 +226,7 @@ def _global_counts(
 
 
 def _evaluate(phase: Phase, step: int, accelerator: Accelerator, log: RunLog) -> None:
-    if accelerator.is_main_process:
+    if phase.evaluate is not None and accelerator.is_main_process:
         training = phase.model.training
         phase.model.eval()
         log.record(phase.name, step, phase.evaluate(phase.model))

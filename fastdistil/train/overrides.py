@@ -1,6 +1,7 @@
 """Recipes as plain mappings: overrides of dotted keys, and what stages take over from the top."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -11,20 +12,41 @@ from fastdistil.errors import UserError
 OF_A_STAGE = ("data", "masking", "augment", "objectives", "optimizer", "schedule", "run")
 
 
-def apply_override(plain: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"an override reads key=value, got {override!r}")
-    value, stages = parse_value(key, text), plain.get("stages")
-    set_key(plain, key, value)
-    if isinstance(stages, list) and stages and all(_says(stage, key) for stage in stages):
+def apply_overrides(plain: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set the keys of `overrides`, such as "run.epochs=2", in place.
+
+    What a stage would not take over from the top, because it says something of its own there, is set in the
+    stage, too. A key of one stage, "stages.0.run.epochs", wins over one of all, wherever it stands.
+    """
+    pairs = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"an override reads key=value, got {override!r}")
+        pairs.append((key, parse_value(key, text)))
+    for key, value in sorted(pairs, key=lambda pair: pair[0].split(".")[0] == "stages"):
+        stages = plain.get("stages")
+        if not isinstance(stages, list):
+            stages = []
+        if stages and key.startswith("objectives."):
+            raise UserError(f"{key}: each stage has objectives of its own; set stages.N.{key}")
+        set_key(plain, key, value)
         for stage in stages:
-            set_key(stage, key, value)
+            if _says(stage, key):
+                set_key(stage, key, value)
+
+
+def last_value(overrides: Sequence[str], key: str) -> Any:
+    """What the last of the `overrides` of `key` sets, None where there is none."""
+    pairs = (override.partition("=") for override in overrides)
+    return next((parse_value(key, text) for name, _, text in reversed([*pairs]) if name == key), None)
 
 
 def _says(stage: Any, key: str) -> bool:
     """Whether the stage has the key itself, so that it would not take it over from the top."""
     *parents, last = key.split(".")
+    if [*parents, last][0] not in OF_A_STAGE:
+        return False
     for part in parents:
         stage = stage.get(part) if isinstance(stage, dict) else None
     names = {"steps", "epochs"} if parents == ["run"] and last in ("steps", "epochs") else {last}

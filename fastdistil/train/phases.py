@@ -45,8 +45,8 @@ class Examples(Protocol):
 class Phases:
     """Of one run: what all of its phases share, and the folders of those that are trained."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, log: RunLog) -> None:
-        self.config, self.accelerator, self.log = config, accelerator, log
+    def __init__(self, config: RunConfig, accelerator: Accelerator, log: RunLog, *, score: bool) -> None:
+        self.config, self.accelerator, self.log, self.score = config, accelerator, log, score
         self.dtype = autocast_dtype(config.run.precision)
         self.trained: dict[str, Path] = {}
 
@@ -105,7 +105,7 @@ class Phases:
             checkpoint_every=loop.checkpoint_every or epoch,
             checkpoints=self.config.output / CHECKPOINTS / name,
             fingerprint=self.config.fingerprint(),
-            evaluate=lambda model: evaluate(model, built),
+            evaluate=(lambda model: evaluate(model, built)) if self.score else None,
             parameters=None if parameters is None else parameters(model),
         )
         train(phase, self.accelerator, self.log)

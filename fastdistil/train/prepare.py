@@ -152,7 +152,7 @@ def prepare_tokenizer(config: RunConfig, model_tokenizer: Any | None, accelerato
     if data.tokenizer is not None:
         named = load_tokenizer(data.tokenizer)
         if model_tokenizer is not None:
-            check_same_tokenizer(model_tokenizer, named)
+            check_same_tokenizer(model_tokenizer, named, ("the model", "data.tokenizer"))
         return named
     if model_tokenizer is not None:
         return model_tokenizer

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 
 from fastdistil.data.batches import BatchSource
@@ -57,13 +58,14 @@ def _steps_per_epoch(num_examples: int, loop: LoopConfig) -> int:
 def split_examples(examples: Examples, section: TaskConfig) -> tuple[Examples, Examples | None]:
     """Those of the training split that are trained on, and those held out of it; None: it is all trained on.
 
-    The same examples are held out for every seed of a run.
+    `max_examples` are the first of a fixed permutation, for a file may be sorted by its labels; the first of
+    these again are held out. They are the same for every seed of a run.
     """
-    limit = min(len(examples), section.max_examples or len(examples))
+    order = permutation(len(examples), 0, 0).numpy()[: section.max_examples]
     if section.validation_fraction is None:
-        return examples.select(range(limit)), None
-    order = permutation(limit, 0, 0).numpy()
-    count = max(1, round(section.validation_fraction * limit))
+        # In the order of the file.
+        return examples.select(np.sort(order)), None
+    count = max(1, round(section.validation_fraction * len(order)))
     return examples.select(order[count:]), examples.select(order[:count])
 
 

@@ -234,7 +234,7 @@ def write_results(output: Path, config: RunConfig, results: Sequence[ModelResult
     (output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     length = config.data.max_length if config.task is None else config.task.max_length
     parts = [
-        f"# {config.recipe}" + ("" if config.task is None else f" on {config.task.name}"),
+        f"# {config.recipe}" + ("" if config.task is None else f" on {find_task(config.task.name).name}"),
         config.description.strip(),
         markdown_table(_columns(results), _rows(results)).strip(),
         verdict(results),
@@ -313,8 +313,9 @@ def model_card(config: RunConfig, result: ModelResult) -> str:
     scores = ", ".join(f"{title(m)} {formatted(m, result.scores[m])}" for m in shown(result.scores))
     text = f"Text: {config.data.corpus}"
     if config.task is not None:
-        kind, (auto, task) = f"A model for {config.task.name}", _TASK_CARDS[find_task(config.task.name).kind]
-        measured, text = "examples", f"Task: {config.task.name}"
+        found = find_task(config.task.name)
+        kind, (auto, task) = f"A model for {found.name}", _TASK_CARDS[found.kind]
+        measured, text = "examples", f"Task: {found.name}"
     elif config.uses_vocabulary:
         kind, auto, task = "A masked language model", "AutoModelForMaskedLM", "fill-mask"
         measured = "masked tokens"

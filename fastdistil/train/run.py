@@ -31,17 +31,21 @@ from fastdistil.train.config import RunConfig, first_difference, read_config, us
 from fastdistil.train.logging import RunLog
 from fastdistil.train.phases import CHECKPOINTS, autocast_dtype, phase_names
 from fastdistil.train.report import RunResult
+from fastdistil.train.students import resolved
 from fastdistil.train.task_run import TaskRun
 from fastdistil.train.text_run import TextRun
 
 CONFIG = "config.yaml"
 
 
-def run(config: RunConfig, resume: bool = False) -> RunResult:
+def run(config: RunConfig, resume: bool = False, *, score: bool = True) -> RunResult:
     """Train as `config` says and write everything to `config.output`.
 
     With `resume`, go on with the run that is there. Under a launcher (torchrun, accelerate launch) every
     process calls this.
+
+    Without `score` models are trained and saved, and that is all: for a run whose model goes on to be
+    changed, and whose teacher was scored before. The result then has no models.
 
     Raises:
         UserError: the output folder holds a run and `resume` is off, or holds none, or another one, and it
@@ -50,6 +54,7 @@ def run(config: RunConfig, resume: bool = False) -> RunResult:
         KeyboardInterrupt: after Ctrl-C, once a checkpoint is saved.
     """
     disable_progress_bar()
+    config = resolved(config)
     dtype = autocast_dtype(config.run.precision)
     everywhere = all(uses_vocabulary([stage]) for stage in config.student_stages)
     # An earlier run of this process may have had another precision, which accelerate would hold against us.
@@ -69,7 +74,7 @@ def run(config: RunConfig, resume: bool = False) -> RunResult:
         try:
             with RunLog(config.output, main=accelerator.is_main_process) as log:
                 kind = TextRun if config.task is None else TaskRun
-                return kind(config, accelerator, log).whole()
+                return kind(config, accelerator, log, score=score).whole()
         except UserError:
             if accelerator.is_main_process and not resume:
                 _release_output(config)

@@ -1,9 +1,9 @@
 """The sections of a run's configuration, but for the objectives'; every key is documented on its field."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from fastdistil.schema import Section
 from fastdistil.train.objective_config import ObjectiveConfig
@@ -25,6 +25,17 @@ class MobileBertConfig(Section):
     embedding_size: int = Field(default=128, ge=1, description="of a word; trigrams of them are projected")
 
 
+def _copied_layers(value: Any) -> Any:
+    if value in (None, "first", "spread"):
+        return value
+    if isinstance(value, list | tuple) and all(type(layer) is int for layer in value):
+        return list(value)
+    raise ValueError("must be first, spread or a list of layers")
+
+
+CopiedLayers = Annotated[list[int] | Literal["first", "spread"] | None, PlainValidator(_copied_layers)]
+
+
 class StudentConfig(Section):
     """The model that is trained. Sizes left at None are the teacher's."""
 
@@ -41,10 +52,10 @@ class StudentConfig(Section):
     num_layers: int | None = Field(
         default=None, ge=1, description="transformer layers; None: half of the teacher's"
     )
-    teacher_layers: list[int] | None = Field(
+    teacher_layers: CopiedLayers = Field(
         default=None,
-        description="0-based layers of the teacher (or of from_model) that the student's layers start from; "
-        "None: evenly spaced",
+        description="0-based layers of the teacher (or of from_model) that the student's layers start from, "
+        "or which num_layers of them: the first, or spread evenly; None: spread, of a from_model all",
     )
     hidden_size: int | None = Field(default=None, ge=1, description="width of the hidden states")
     num_attention_heads: int | None = Field(default=None, ge=1, description="attention heads a layer")
@@ -80,17 +91,17 @@ class NewTeacherConfig(Section):
 class DataConfig(Section):
     corpus: str | None = Field(
         default=None,
-        description="text file, folder, glob, parquet, jsonl, a `datasets` name, a prepared token store, "
-        "or 'machine' (the English documentation that Python's installation holds)",
+        description="text file, parquet, json, csv or tsv file, folder, glob, a `datasets` name, a prepared "
+        "token store, or 'machine' (the English documentation that Python's installation holds)",
     )
-    text_column: str = Field(default="text", description="column of parquet, jsonl and `datasets` rows")
+    text_column: str = Field(default="text", description="of parquet, json, csv, tsv and `datasets` rows")
     sentence_pairs: bool = Field(
         default=False, description="pairs of segments for next-sentence prediction, instead of packed text"
     )
     document_column: str | None = Field(
         default=None,
-        description="with sentence_pairs: column of parquet and jsonl whose equal consecutive values make "
-        "one document of several rows; None: each row is one",
+        description="with sentence_pairs: column of such files whose equal consecutive values make one "
+        "document of several rows; None: each row is one",
     )
     short_probability: float = Field(
         default=0.1, ge=0, le=1, description="with sentence_pairs: share of pairs of a random shorter length"
@@ -174,7 +185,9 @@ class TaskConfig(Section):
         "into windows",
     )
     max_examples: int | None = Field(
-        default=None, ge=1, description="use the first so many training examples; None: all"
+        default=None,
+        ge=1,
+        description="use so many of the training examples, drawn once for all runs; None: all",
     )
     validation_fraction: float | None = Field(
         default=None,

@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import accelerator as torch_accelerator
 
+from fastdistil.data.tasks import find_task
 from fastdistil.errors import UserError
 from fastdistil.train.config import RunConfig, first_difference, read_config
 from fastdistil.train.report import ModelResult, RunResult, formatted, markdown_table, shown, title
 from fastdistil.train.run import CONFIG, run
+from fastdistil.train.students import resolved
 
 
 def run_seeds(config: RunConfig, count: int, resume: bool = False) -> list[RunResult]:
@@ -25,7 +27,7 @@ def run_seeds(config: RunConfig, count: int, resume: bool = False) -> list[RunRe
     """
     if (config.output / CONFIG).exists():
         raise UserError(f"output {config.output} holds a run of one seed: choose another --output")
-    runs = []
+    config, runs = resolved(config), []
     for seed in range(config.seed, config.seed + count):
         output = config.output / f"seed-{seed}"
         one = config.model_copy(update={"seed": seed, "output": output})
@@ -50,7 +52,7 @@ def _write(config: RunConfig, runs: Sequence[RunResult]) -> None:
     plain = {"recipe": config.recipe, "seeds": seeds, "runs": [[asdict(m) for m in r.models] for r in runs]}
     (config.output / "results.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     table = seeds_table([result.models for result in runs])
-    task = "" if config.task is None else f" on {config.task.name}"
+    task = "" if config.task is None else f" on {find_task(config.task.name).name}"
     parts = [
         f"# {config.recipe}{task}, {len(runs)} seeds",
         table.strip(),

@@ -33,11 +33,13 @@ _LABELS_ALONE: list[ObjectiveConfig] = [PredictionConfig(kd_weight=0, task_weigh
 
 
 class TaskRun:
-    def __init__(self, config: RunConfig, accelerator: Accelerator, log: RunLog) -> None:
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, log: RunLog, *, score: bool = True
+    ) -> None:
         assert config.task is not None
-        self.config, self.accelerator, self.log = config, accelerator, log
+        self.config, self.accelerator, self.log, self.score = config, accelerator, log, score
         self.task: Task = find_task(config.task.name)
-        self.phases = Phases(config, accelerator, log)
+        self.phases = Phases(config, accelerator, log, score=score)
         self.stages = config.student_stages
         self.last = self.stages[-1]
         self.teachers: dict[tuple[str, str], Any] = {}
@@ -49,7 +51,7 @@ class TaskRun:
         self.text = Texts(self.tokenizer, self.accelerator, self.log)
         self.data = TaskData(config, self.task, self.tokenizer, self.accelerator, self.log)
         self.teacher_scores: dict[str, float] | None = None
-        if config.teacher is not None:
+        if config.teacher is not None and self.score:
             self._score_teacher()
         name = "student" if config.uses_teacher else "model"
         build: Callable[[], Any] | None = None
@@ -63,7 +65,7 @@ class TaskRun:
         if config.baseline:
             assert baseline is not None
             self._baseline(baseline)
-        return self._report()
+        return self._report() if self.score else RunResult(config.output, [])
 
     def _first_look(self) -> Any:
         """The tokenizer; what does not fit is told before anything is read."""

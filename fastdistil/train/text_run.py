@@ -34,9 +34,11 @@ _MASKED_LM: list[ObjectiveConfig] = [VocabularyConfig(kd_weight=0, ce_weight=1)]
 
 
 class TextRun:
-    def __init__(self, config: RunConfig, accelerator: Accelerator, log: RunLog) -> None:
-        self.config, self.accelerator, self.log = config, accelerator, log
-        self.phases = Phases(config, accelerator, log)
+    def __init__(
+        self, config: RunConfig, accelerator: Accelerator, log: RunLog, *, score: bool = True
+    ) -> None:
+        self.config, self.accelerator, self.log, self.score = config, accelerator, log, score
+        self.phases = Phases(config, accelerator, log, score=score)
         self.stages = config.student_stages
         self.last = self.stages[-1]
         self.next_sentence = any(isinstance(o, NextSentenceConfig) for s in self.stages for o in s.objectives)
@@ -233,6 +235,8 @@ class TextRun:
         return scores
 
     def _report(self, teacher: Any | None) -> RunResult:
+        if not self.score:
+            return RunResult(self.config.output, [])
         self.log.say("evaluating on all held-out text, and timing on the CPU")
         return finish(
             self.config,

@@ -1,5 +1,6 @@
 """Every kind of source gives its documents in order, goes on from any position, and says what is wrong."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -37,6 +38,92 @@ def test_json_lines(write_lines):
 def test_parquet(tmp_path):
     path = parquet(tmp_path / "a.parquet", "body", ["one", None, " ", "two"])
     assert list(open_corpus(str(path), text_column="body")) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", 'id,text\n1,one\n2,"two, or ""2""\nlines"\n\n3,\n4\n5,drei ✓\n'),
+        ("a.csv", '\ufefftext,id\r\none,1\r\n"two, or ""2""\nlines",2\r\ndrei ✓\r\n'),
+        ("a.json", '[{"text": "one", "id": 1}, {"text": null},\n {"text": "two, or \\"2\\"\\nlines"},'
+                   ' {"text": "drei ✓"}]'),
+        ("a.json", '{"text": "one"}\n\n{"text": "two, or \\"2\\"\\nlines"}\n{"text": "drei ✓"}\n'),
+        ("a.JSON", '[\n  {"text": "one"},\n  {"text": "two, or \\"2\\"\\nlines"},\n  {"text": "drei ✓"}\n]'),
+    ],
+)  # fmt: skip
+def test_columns_of_csv_and_json(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    corpus = open_corpus(str(tmp_path / name))
+    assert list(corpus) == ["one", 'two, or "2"\nlines', "drei ✓"]
+    assert list(open_corpus(str(tmp_path))) == list(corpus)
+    first = corpus.read()
+    next(first)
+    assert list(corpus.read(first.position())) == list(corpus)[1:]
+
+
+def test_tsv_quotes_nothing(tmp_path):
+    (tmp_path / "a.tsv").write_text('id\tbody\n1\t"one\n2\t\n3\ttwo "quoted"\n')
+    assert list(open_corpus(str(tmp_path / "a.tsv"), text_column="body")) == ['"one', 'two "quoted"']
+
+
+def test_a_field_of_a_csv_file_may_be_a_long_document(tmp_path):
+    (tmp_path / "a.csv").write_text("text\n" + "long " * 40_000 + "\n")
+    (document,) = open_corpus(str(tmp_path / "a.csv"))
+    assert len(document) == 200_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.csv", "body,id\none,1\n"), ("a.tsv", "body\tid\none\t1\n"), ("a.json", '[{"body": "a", "id": 1}]'),
+     ("a.json", '{"body": "a", "id": 1}\n')],
+)  # fmt: skip
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError) as caught:
+        list(open_corpus(str(tmp_path / name)))
+    assert str(caught.value) == (
+        f"corpus {tmp_path / name}: no column 'text'; the columns there are body, id (name one by "
+        "--text-column, or data.text_column of a recipe)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text\none,2\n", "row 1: 2 fields, but there are 1 columns"),
+        ("a.csv", b"text\n\xff\n", "is not UTF-8 text: byte 0xff"),
+        ("a.json", b'{"text": "one",\n "id": 1}', "neither a list of JSON objects nor one a line"),
+        ("a.json", b"[1]", "row 1: not a JSON object"),
+        ("a.json", b'[{"text": 1}]', "row 1: 'text' is not a string"),
+        ("a.json", b"[", "not JSON"),
+    ],
+)
+def test_what_is_wrong_with_a_table_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        list(open_corpus(str(tmp_path / name)))
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_tables_beside_text_are_not_text(write_lines, tmp_path):
+    write_lines("a.txt", ["one"])
+    write_lines("meta.csv", ["text", "two"])
+    write_lines("config.json", ['{"text": "three"}'])
+    assert list(open_corpus(str(tmp_path))) == ["one"]
+    # As a file that is named, it is.
+    assert list(open_corpus(str(tmp_path / "*.csv"))) == ["two"]
+
+
+def test_the_fingerprint_of_text_is_by_files_and_column(write_lines):
+    """Token stores in the cache depend on it; that of a table is another than that of its lines."""
+    path = write_lines("a.txt", ["one"])
+    stat = path.stat()
+    plain = [[[str(path.resolve()), stat.st_size, stat.st_mtime_ns]], "text"]
+    expected = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    assert open_corpus(str(path)).fingerprint == expected
+    table = path.rename(path.with_suffix(".csv"))
+    plain[0][0][0] = str(table.resolve())
+    assert open_corpus(str(table)).fingerprint != hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
 def test_folder_is_read_in_sorted_order_without_hidden_and_foreign_files(write_lines, tmp_path):
@@ -164,7 +251,7 @@ def test_glob_without_match(tmp_path):
 
 def test_folder_without_text(write_lines, tmp_path):
     write_lines("notes.md", ["x"])
-    with pytest.raises(UserError, match=r"no \.jsonl, .* file in this folder"):
+    with pytest.raises(UserError, match=r"no \.csv, \.json, .*, \.txt file in this folder"):
         open_corpus(str(tmp_path))
 
 

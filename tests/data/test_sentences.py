@@ -95,6 +95,9 @@ def test_rows_of_equal_value_in_the_document_column_are_one_document(write_lines
     assert documents(tmp_path / "corpus.parquet", document_column="title") == expected
     lines = write_lines("corpus.jsonl", ['{"id": "1", "text": "One."}', '{"id": "1", "text": "Two."}'])
     assert documents(lines, document_column="id") == [["One.", "Two."]]
+    table = write_lines("corpus.csv", ["id,text", "1,One.", "1,Two.", "2,Three."])
+    assert documents(table, document_column="id") == [["One.", "Two."], ["Three."]]
+    assert documents(table) == [["One."], ["Two."], ["Three."]]
 
 
 def test_document_column_that_is_not_there_is_refused(write_lines, tmp_path):
@@ -103,5 +106,5 @@ def test_document_column_that_is_not_there_is_refused(write_lines, tmp_path):
         documents(tmp_path / "corpus.parquet", document_column="title")
     with pytest.raises(UserError, match=r"corpus\.txt: a text file has no column 'title'"):
         documents(write_lines("corpus.txt", ["One."]), document_column="title")
-    with pytest.raises(UserError, match=r"corpus 'listed': only parquet and JSON-lines files"):
+    with pytest.raises(UserError, match=r"corpus 'listed': only parquet, JSON, csv and tsv files"):
         list(read_documents(ListCorpus("listed", ["One."], ""), "title"))

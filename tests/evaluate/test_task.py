@@ -1,6 +1,7 @@
 """Scores of models whose answers are known, against the metrics' formulas written out."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +21,15 @@ from transformers import (
 
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Examples, find_task
-from fastdistil.evaluate.task import best_spans, chance_score, evaluate_task, mean_score
+from fastdistil.errors import UserError
+from fastdistil.evaluate.task import (
+    _scores,
+    best_spans,
+    chance_score,
+    check_teacher,
+    evaluate_task,
+    mean_score,
+)
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = 40
@@ -301,3 +310,54 @@ def test_a_question_answering_model_is_read_through_its_heads(tokenizer):
         answers.append((context[characters[start, 0] : characters[end, 1]],))
     data = encode(task, Examples(examples.texts, examples.labels, answers), tokenizer, 64)
     assert evaluate_task(model, task, data, max_tokens=100) == {"exact_match": 1.0, "f1": 1.0}
+
+
+def test_macro_f1_is_the_mean_over_the_classes_that_are_there():
+    task = replace(find_task("mnli"), metrics=("macro_f1",))
+    labels, answers = np.array([0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 0])
+    first, second = 2 * 1 / (2 * 1 + 1 + 1), 2 * 2 / (2 * 2 + 1 + 1)
+    assert _scores(task, answers, labels)["macro_f1"] == pytest.approx((first + second) / 2)
+    # Of the third class there is an answer, and it is wrong.
+    answers = np.array([0, 2, 1, 1, 1])
+    assert _scores(task, answers, labels)["macro_f1"] == pytest.approx((2 / 3 + 1 + 0) / 3)
+    assert chance_score(task, labels) == pytest.approx((0 + 2 * 3 / (2 * 3 + 2)) / 2)
+
+
+def test_matthews_of_three_classes_is_gorodkins_r_k():
+    task = replace(find_task("mnli"), metrics=("matthews",))
+    random = np.random.default_rng(0)
+    labels, answers = random.integers(0, 3, 200), random.integers(0, 3, 200)
+    x, y = (np.eye(3)[numbers] - np.eye(3)[numbers].mean(0) for numbers in (answers, labels))
+    r_k = (x * y).sum() / np.sqrt((x * x).sum() * (y * y).sum())
+    assert _scores(task, answers, labels)["matthews"] == pytest.approx(r_k, abs=1e-6)
+
+
+def ignore(text: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("task", "labels"),
+    [
+        ("sst2", [0, 1, 0, 1]),  # 1/2 + 4^-1/2
+        ("sst2", [0] * 9 + [1]),  # 0.9 + 10^-1/2
+        ("sst2", [1] * 100),  # of one class
+        ("stsb", [2.0]),
+    ],
+)
+def test_where_even_a_perfect_score_could_not_pass_the_examples_are_too_few(task, labels):
+    found = find_task(task)
+    perfect = dict.fromkeys(found.metrics, 1.0)
+    few = (
+        f"^{len(labels)} validation examples of {task} are too few to tell whether teacher t is above chance"
+    )
+    with pytest.raises(UserError, match=few):
+        check_teacher("t", found, perfect, np.array(labels), ignore, allow_weak=False)
+    check_teacher("t", found, perfect, np.array(labels), ignore, allow_weak=True)
+
+
+def test_a_teacher_must_be_above_chance_by_what_the_examples_can_tell():
+    task, labels = find_task("sst2"), np.array([0, 1] * 8)
+    for weak in (0.75, math.nan):
+        with pytest.raises(UserError, match=r"and chance is 0\.5000: there is nothing to learn from it"):
+            check_teacher("t", task, {"accuracy": weak}, labels, ignore, allow_weak=False)
+    check_teacher("t", task, {"accuracy": 0.7501}, labels, ignore, allow_weak=False)

@@ -12,7 +12,13 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from fastdistil.errors import UserError
 from fastdistil.models.bilstm import make_bilstm
-from fastdistil.models.load import load_encoder, load_encoder_with_new_head, load_masked_lm, max_positions
+from fastdistil.models.load import (
+    load_encoder,
+    load_encoder_with_new_head,
+    load_masked_lm,
+    max_positions,
+    read_depth,
+)
 from fastdistil.models.student import check_same_tokenizer
 
 REAL_ENCODER = Path(__file__).parents[3] / "shared" / "models" / "encoder-12x384"
@@ -311,14 +317,33 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 def test_equal_tokenizers_pass_and_the_first_difference_is_named():
     base = make_tokenizer()
     check_same_tokenizer(base, make_tokenizer())
-    with pytest.raises(UserError, match=r"token 44 is None in the teacher's but 'xyz' in the student's"):
+    with pytest.raises(UserError, match=r"token 44 is None in the first but 'xyz' in the second"):
         check_same_tokenizer(base, make_tokenizer(extra=("xyz",)))
-    with pytest.raises(UserError, match="the mask_token is '\\[MASK\\]' in the teacher's but None"):
+    with pytest.raises(UserError, match="the mask_token is '\\[MASK\\]' in the first but None"):
         check_same_tokenizer(base, make_tokenizer(mask=None))
     with pytest.raises(UserError, match=r"the same text becomes \['elan'.*but \['\[UNK\]'"):
         check_same_tokenizer(
             make_tokenizer(extra=("elan",)), make_tokenizer(extra=("elan",), lowercase=False)
         )
+
+
+def test_whose_tokenizers_differ_and_why_they_must_not_is_said():
+    """A task's teacher and student compare no vocabulary, but they are given the same batch."""
+    message = r"^student and augment\.masked_lm have .* both are given the same token ids$"
+    with pytest.raises(UserError, match=message):
+        check_same_tokenizer(
+            make_tokenizer(), make_tokenizer(extra=("xyz",)), ("student", "augment.masked_lm")
+        )
+
+
+def test_the_depth_of_a_model_is_read_without_its_weights(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for family in ("bert", "distilbert", "modernbert"):
+        config = build(family).config
+        config.save_pretrained(str(tmp_path / family))
+        assert read_depth(f"~/{family}") == config.num_hidden_layers
+    with pytest.raises(UserError, match=r"^~/none: no such folder$"):
+        read_depth("~/none")
 
 
 @pytest.mark.skipif(not REAL_ENCODER.is_dir(), reason="the shared encoder folder is not on this machine")

@@ -18,7 +18,9 @@ FAMILIES = ["bert", "roberta", "distilbert", "electra", "modernbert", "mobileber
 
 
 def task(kind, *labels, columns=("sentence",), name="sst2"):
-    return SimpleNamespace(name=name, kind=kind, labels=labels, num_labels=len(labels), columns=columns)
+    return SimpleNamespace(
+        name=name, argument=name, kind=kind, labels=labels, num_labels=len(labels), columns=columns
+    )
 
 
 NLI = task("classification", "entailment", "neutral", "contradiction", columns=("a", "b"), name="mnli")
@@ -128,6 +130,27 @@ def test_a_head_of_another_size_is_named_or_fresh(build, save):
     assert model.classifier.bias.eq(0).all()
     assert torch.equal(model.bert.pooler.dense.weight, trained.bert.pooler.dense.weight)
     assert model.config.id2label == {0: "negative", 1: "positive"}
+
+
+@pytest.mark.parametrize(("first", "other"), [("sst2", "stsb"), ("mnli", "stsb"), ("stsb", "sst2")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_of_a_classification_is_none_of_a_regression_nor_the_other_way_round(
+    build, save, family, first, other
+):
+    """Both are a sequence classification to `transformers`, whose config says of which kind."""
+    kinds = {"sst2": SST2, "mnli": NLI, "stsb": STSB}
+    trained, _ = load_task_model(save(build(family)), kinds[first], new_head=True)
+    folder = save(trained, "trained")
+    assert "problem_type" in (folder / "config.json").read_text()
+    sizes = {"sst2": 2, "mnli": 3, "stsb": 1}
+    size = f"is of size {sizes[first]}, but {other} needs {sizes[other]}; fine-tune one first"
+    with pytest.raises(UserError, match=size):
+        load_task_model(folder, kinds[other], new_head=False)
+    model, _ = load_task_model(folder, kinds[other], new_head=True)
+    assert model.config.num_labels == sizes[other]
+    assert model.config.problem_type == ("regression" if other == "stsb" else "single_label_classification")
+    again, _ = load_task_model(save(model, "again"), kinds[other], new_head=False)
+    assert again.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize("labels", [None, 3])

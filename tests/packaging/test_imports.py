@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A module may import from its own rank and from those below.
 RANKS = [
-    {"kernels", "errors", "schema", "_C"},
+    {"kernels", "errors", "schema", "paths", "wording", "_C"},
     {"ops"},
     {"functional", "nn"},
     {"objectives", "models", "data", "compress", "evaluate", "export", "recipes"},

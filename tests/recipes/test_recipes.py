@@ -9,6 +9,7 @@ from fastdistil.errors import UserError
 from fastdistil.models.layers import layer_pairs
 from fastdistil.recipes import list_recipes, load_recipe
 from fastdistil.train.config import first_difference, load_config
+from fastdistil.train.students import with_layers
 
 RECIPES = list_recipes()
 ON_TASK = {"bilstm", "distilbert-task", "finetune", "kd", "pkd", "recover", "tinybert-task"}
@@ -93,7 +94,7 @@ def test_distilbert_is_the_published_recipe():
     masking = config.masking
     assert (masking.probability, masking.mask, masking.random, masking.keep) == (0.15, 0.8, 0.1, 0.1)
     assert masking.smoothing == 0.7
-    assert config.student.teacher_layers == [0, 2, 4, 7, 9, 11]
+    assert with_layers(config.student, 12, 12).teacher_layers == [0, 2, 4, 7, 9, 11]
 
 
 def test_minilm_is_the_published_recipe():
@@ -127,7 +128,7 @@ def test_pkd_is_the_published_recipe():
     assert (patient.layers, patient.layer_reduction) == ("skip", "mean")
     assert layer_pairs(patient.layers, 6, 12) == ((0, 1), (1, 3), (2, 5), (3, 7), (4, 9))
     assert (config.run.epochs, config.run.batch_size, config.task.max_length) == (4, 32, 128)
-    assert config.student.teacher_layers == [0, 1, 2, 3, 4, 5]
+    assert with_layers(config.student, 12, 12).teacher_layers == [0, 1, 2, 3, 4, 5]
     assert config.baseline
     assert load_recipe("pkd")["grid"] == {
         "optimizer.lr": [5e-5, 2e-5, 1e-5],
@@ -158,8 +159,21 @@ def test_pkd_has_the_variants_of_the_paper():
     assert layer_pairs(last.layers, 6, 12) == ((0, 6), (1, 7), (2, 8), (3, 9), (4, 10))
     for name, mapping in (("pkd:3-layers", "skip"), ("pkd:3-layers-last", "last")):
         config = load(name)
-        assert (config.student.num_layers, config.student.teacher_layers) == (3, [0, 1, 2])
+        assert with_layers(config.student, 12, 12).teacher_layers == [0, 1, 2]
         assert config.objectives[1].layers == mapping
+
+
+@pytest.mark.parametrize("depth", [4, 5, 6, 7, 12, 24])
+@pytest.mark.parametrize("variant", ["", ":last"])
+def test_the_layers_of_pkd_are_pairs_whatever_the_depth(variant, depth):
+    """Each of the student's but the last has another of the teacher's, in their order."""
+    config = load(f"pkd{variant}")
+    layers = with_layers(config.student, depth, depth).teacher_layers
+    assert layers == list(range(depth // 2))
+    ours, theirs = zip(*layer_pairs(config.objectives[1].layers, len(layers), depth), strict=True)
+    assert ours == tuple(range(len(layers) - 1))
+    assert list(theirs) == sorted(set(theirs))
+    assert theirs[-1] < depth - 1
 
 
 def test_kd_is_the_baseline_of_the_same_paper():
@@ -352,7 +366,7 @@ def test_what_is_said_to_be_measured_is_there(recipe):
             "zzz",
             f"unknown recipe 'zzz': known: {', '.join(r.name for r in RECIPES)}, or a path to a .yaml file",
         ),
-        ("no/such/file.yaml", "cannot read recipe no/such/file.yaml"),
+        ("no/such/file.yaml", "cannot read recipe no/such/file.yaml: there is no such file"),
     ],
 )
 def test_an_unknown_recipe_is_named(name, message):
@@ -386,3 +400,18 @@ def test_a_file_that_is_no_recipe_is_one_line(tmp_path: Path, text, message):
         load_recipe(file)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_is_wrong_with_a_recipe_file_is_said_in_plain_words(tmp_path):
+    (tmp_path / "a.yaml").mkdir()
+    with pytest.raises(UserError, match=r"a\.yaml: is a directory$"):
+        load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"b\.yaml: it is not UTF-8 text$"):
+        load_recipe(tmp_path / "b.yaml")
+
+
+def test_a_recipe_may_be_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("run: {steps: 3}\n")
+    assert load_recipe("~/mine.yaml") == {"run": {"steps": 3}}

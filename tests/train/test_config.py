@@ -30,7 +30,22 @@ def load(*overrides: str):
         (["masking.mask=0.5"], "masking: mask + random + keep must be 1, got 0.7"),
         (["objectives.0.name=vocablary"], "objectives.0.name must be one of vocabulary, cosine, relations"),
         (["masking=null"], "objectives.0: without masking there are no masked tokens"),
-        (["student.num_layers=4"], "student.teacher_layers names 6 layers, student.num_layers is 4"),
+        (
+            ["student.num_layers=4", "student.teacher_layers=[0, 3]"],
+            "student.teacher_layers names 2 layers, student.num_layers is 4",
+        ),
+        (
+            ["student.teacher_layers=last"],
+            "student.teacher_layers: must be first, spread or a list of layers",
+        ),
+        (["student.teacher_layers=[0, a]"], "student.teacher_layers: must be first, spread or a list"),
+        (["objectives=[]"], "objectives: name at least one"),
+        (["objectives=[{weight: 1}]"], "objectives.0.name is missing: one of vocabulary, cosine, relations"),
+        (["objectives=[cosine]"], "objectives.0 is a section of keys, got 'cosine'"),
+        (["objectives=cosine"], "objectives: input should be a valid list, got 'cosine'"),
+        (["run=5"], "run is a section of keys, got 5"),
+        (["student=null"], "student is a section of keys, got None"),
+        (["student.bilstm=[3]"], "student.bilstm is a section of keys, got [3]"),
     ],
 )
 def test_a_wrong_key_or_value_is_named(overrides, message):
@@ -149,10 +164,10 @@ def staged(*overrides: str, task: str = "sst2", **keywords):
 
 def test_a_stage_takes_over_what_it_does_not_say():
     """Sections are merged key by key; a list of objectives is a stage's own."""
-    config = staged("optimizer.lr=7e-4", "optimizer.eps=1e-5", "run.log_every=3", "run.batch_size=9")
+    config = staged("optimizer.eps=1e-5", "run.log_every=3", "run.batch_size=9")
     first, second = config.stages
     assert (first.name, second.name) == ("intermediate", "prediction")
-    assert (first.optimizer.lr, second.optimizer.lr) == (7e-4, 3e-5)
+    assert (first.optimizer.lr, second.optimizer.lr) == (5e-5, 3e-5)
     assert (first.optimizer.eps, second.optimizer.eps) == (1e-5, 1e-5)
     assert (first.run.epochs, second.run.epochs) == (10, 3)
     assert (first.run.log_every, second.run.log_every, second.run.batch_size) == (3, 3, 9)
@@ -173,18 +188,51 @@ def test_an_override_reaches_into_a_stage():
 
 
 def test_steps_at_the_top_give_way_to_the_epochs_of_a_stage():
-    first, second = load_config("mobilebert", ["run.epochs=2"], teacher="t", corpus="c").stages
-    assert (first.run.steps, first.run.epochs) == (10_000, None)
+    first, second = staged("stages.0.run.steps=3", "stages.1.run.epochs=2", "run.steps=4").stages
+    assert (first.run.steps, first.run.epochs) == (3, None)
     assert (second.run.steps, second.run.epochs) == (None, 2)
 
 
-def test_what_each_stage_says_for_itself_is_overridden_in_all_of_them():
-    """mrpc's entry and the recipe give both stages epochs of their own."""
-    first, second = staged("run.epochs=1", task="mrpc").stages
-    assert (first.run.epochs, second.run.epochs) == (1, 1)
-    first, second = staged("run.steps=7", "stages.1.run.epochs=2", task="mrpc").stages
-    assert (first.run.steps, first.run.epochs) == (7, None)
-    assert (second.run.steps, second.run.epochs) == (None, 2)
+@pytest.mark.parametrize("task", ["mrpc", "imdb"])
+@pytest.mark.parametrize(
+    ("override", "key"), [("run.epochs=1", "epochs"), ("run.steps=1", "steps"), ("run={steps: 1}", "steps")]
+)
+def test_an_override_of_the_whole_recipe_is_one_of_each_stage(task, override, key):
+    """Of tinybert-task the second stage has epochs of its own, and the first one on mrpc, but not on imdb."""
+    for stage in staged(override, task=task).stages:
+        assert (stage.run.steps, stage.run.epochs) == ((1, None) if key == "steps" else (None, 1))
+
+
+@pytest.mark.parametrize("task", ["mrpc", "imdb"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_override_of_a_stage_wins_over_one_of_the_recipe_wherever_it_stands(task, first):
+    own, whole = ["stages.1.run.epochs=2", "stages.1.optimizer.lr=9e-6"], ["run.steps=7", "optimizer.lr=1e-4"]
+    one, other = staged(*(own + whole if first else whole + own), task=task).stages
+    assert (one.run.steps, one.run.epochs, one.optimizer.lr) == (7, None, 1e-4)
+    assert (other.run.steps, other.run.epochs, other.optimizer.lr) == (None, 2, 9e-6)
+
+
+def test_an_override_of_one_key_leaves_the_rest_of_a_stages_section():
+    first, second = staged("optimizer.lr=7e-4", "schedule.warmup=0.3").stages
+    assert (first.optimizer.lr, second.optimizer.lr) == (7e-4, 7e-4)
+    assert (first.schedule.name, first.schedule.warmup) == ("constant", 0.3)
+    assert (second.schedule.name, second.schedule.warmup) == ("linear", 0.3)
+    assert (first.optimizer.weight_decay, second.optimizer.weight_decay) == (0.01, 0.01)
+
+
+def test_steps_reach_a_layerwise_stage_and_epochs_are_refused_there():
+    first, second = load_config("mobilebert", ["run.steps=2"], teacher="t", corpus="c").stages
+    assert (first.run.steps, second.run.steps) == (2, 2)
+    with pytest.raises(UserError, match=r"stages\.0\.run\.steps: a layerwise stage needs it, for each layer"):
+        load_config("mobilebert", ["run.epochs=2"], teacher="t", corpus="c")
+    keys = ["stages.0.run.steps=5", "run.epochs=2"]
+    first, second = load_config("mobilebert", keys, teacher="t", corpus="c").stages
+    assert (first.run.steps, second.run.epochs) == (5, 2)
+
+
+def test_a_teacher_of_the_run_is_not_one_of_a_stage():
+    config = staged("stages.0.teacher=own", "teacher=t")
+    assert (config.teacher, config.stages[0].teacher) == ("t", "own")
 
 
 def test_the_task_may_be_named_by_an_override():
@@ -269,7 +317,12 @@ def test_a_configuration_of_stages_reads_back(tmp_path: Path):
         (["stages.0.name=prediction"], "stages: prediction is given twice"),
         (["stages.0.name=baseline"], "stages.0.name: baseline is another folder of the run"),
         (["stages.0.name=student"], "stages.0.name: student is another folder of the run"),
-        (["stages.0.objectives=[]"], "stages.0.objectives: list should have at least 1 item"),
+        (["stages.0.objectives=[]"], "stages.0.objectives: name at least one"),
+        (["stages.0.run=3"], "stages.0.run is a section of keys, got 3"),
+        (
+            ["objectives.0.weight=2"],
+            "objectives.0.weight: each stage has objectives of its own; set stages.N.objectives.0.weight",
+        ),
         (
             ["stages.0.objectives=[{name: vocabulary}]"],
             "stages.0.objectives.0: vocabulary reads masked text, but this stage reads a task",
@@ -336,6 +389,17 @@ def test_text_without_a_teacher_has_one_stage():
         ("distilbert", {"teacher": "t", "corpus": "c", "task": "sst2"}, "recipe distilbert reads text"),
         ("tinybert-task:topp", {"teacher": "t", "task": "sst2"}, "has the variants no-augmentation, no-att"),
         ("finetune:large", {"teacher": "t", "task": "sst2"}, "recipe finetune has no variants, not 'large'"),
+        ("kd", {"teacher": "t", "data": "d"}, "task.name is missing: --task NAME (sst2, mrpc, ...)"),
+        (
+            "kd",
+            {"teacher": "t", "task": "sst2", "corpus": "c"},
+            "--corpus: recipe kd reads the task's examples alone; leave it out",
+        ),
+        (
+            "tinybert-task",
+            {"teacher": "t", "task": "sst2", "corpus": "c"},
+            "--corpus: recipe tinybert-task reads the task's examples alone",
+        ),
     ],
 )
 def test_what_a_recipe_for_a_task_lacks_is_named(recipe, keywords, message):
@@ -384,3 +448,67 @@ def test_task_and_data_are_the_names_of_a_task_and_its_folder():
 def test_a_task_student_may_start_from_another_model_than_its_teacher():
     config = load_config("kd", ["student.from_model=e"], teacher="t", task="rte")
     assert (config.teacher, config.student.from_model) == ("t", "e")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "message"),
+    [
+        ("kd", ["task.name=mrpc"], "--task sst2 and task.name=mrpc contradict each other: give one of them"),
+        ("kd", ["task.data=other"], "--data d and task.data=other contradict each other"),
+        ("kd", ["teacher=u"], "--teacher t and teacher=u contradict each other"),
+        ("finetune", ["student.from_model=u"], "--teacher t and student.from_model=u contradict each other"),
+    ],
+)
+def test_an_option_and_an_override_that_contradict_each_other_are_refused(recipe, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config(recipe, overrides, teacher="t", task="sst2", data="d")
+
+
+def test_an_option_and_an_override_may_say_the_same():
+    config = load_config(
+        "kd", ["task.name=SST-2", "task.data=d", 'teacher="t"'], teacher="t", task="sst2", data="d"
+    )
+    assert (config.task.name, config.task.data, config.teacher) == ("sst2", "d", "t")
+    config = load_config("distilbert", ["data.corpus=c"], teacher="t", corpus="c")
+    assert config.data.corpus == "c"
+    with pytest.raises(UserError, match=r"--corpus c and data\.corpus=d contradict each other"):
+        load_config("distilbert", ["data.corpus=d"], teacher="t", corpus="c")
+
+
+def test_the_same_paths_spelt_otherwise_are_the_same_run(tmp_path, monkeypatch):
+    """Those of the top, of stages and of their sections; names on the hub and addresses are left alone."""
+    for folder in ("m/own", "m/mlm", "m/e", "data", "x"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    keys = ["stages.0.teacher={0}m/own{1}", "augment.masked_lm={0}m/mlm{1}", "student.from_model={0}m/e{1}"]
+
+    def spelt(before: str, after: str):
+        own = [key.format(before, after) for key in keys]
+        return staged(*own, data=f"{before}data{after}")
+
+    plain = spelt("", "")
+    for before, after in (("./", ""), ("", "/"), ("x/../", "//"), (".//", "/.")):
+        other = spelt(before, after)
+        assert first_difference(plain, other) is None
+        assert plain.fingerprint() == other.fingerprint()
+    assert first_difference(plain, spelt("other/", "")) is not None
+    urls = [load("data.validation=hf://a/b"), load("data.validation=hf:/a/b")]
+    assert first_difference(*urls) == "data.validation was 'hf://a/b', is 'hf:/a/b'"
+
+
+def test_the_identity_of_normal_paths_is_the_configuration_itself():
+    """Digests of earlier runs depend on it."""
+    config = staged("augment.masked_lm=m/mlm", "student.from_model=org/name", data="../shared/data")
+    left_out = {
+        "output",
+        "allow_weak_teacher",
+        "description",
+        "paper",
+        "equations",
+        "checked_against",
+        "measured",
+    }
+    plain = config.model_dump(mode="json", exclude=left_out)
+    for section in (plain, *plain["stages"]):
+        del section["data"]["cache_dir"]
+    assert config.identity() == plain

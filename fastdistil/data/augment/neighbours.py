@@ -51,7 +51,7 @@ class Neighbours:
         Raises:
             UserError: no such file, a line that is not a word and D finite numbers, or no word.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         if not path.is_file():
             raise UserError(f"word vectors {str(path)!r}: there is no such file")
         words: dict[str, np.ndarray] = {}
