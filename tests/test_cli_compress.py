@@ -8,6 +8,7 @@ import pytest
 
 from fastdistil.cli import main
 from fastdistil.compress.store import load
+from fastdistil.errors import UserError
 
 pytest.importorskip("transformers")
 pytest.importorskip("pydantic")
@@ -26,8 +27,31 @@ def test_compress_prints_what_changed(
     assert main(["compress", str(task_encoder), "--method", "prune-ffn:0.5", "--output", str(output)]) == 0
     told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert told["made by"].strip() == "prune-ffn:0.5"
-    assert "x smaller" in told["size on disk"]
+    assert "× smaller" in told["size on disk"]
     assert load(output / "model").config.intermediate_size == 24
+
+
+def test_the_home_folder_is_spelled_out_where_no_shell_does(
+    task_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fastdistil.compare.search as search
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert main(["compress", str(task_encoder), "--method", "bf16", "--output=~/small"]) == 0
+    assert (tmp_path / "small" / "model").is_dir()
+    assert not (tmp_path / "~").exists()
+
+    asked: list[object] = []
+
+    def note(*arguments: object, **options: object) -> None:
+        asked.extend(arguments)
+        raise UserError("enough")
+
+    monkeypatch.setattr(search, "compress_for_target", note)
+    target = ["--target-speedup", "2", "--task", "sst2", "--data=~/tasks", "--output=~/found"]
+    assert main(["compress", "~/bert", *target]) == 2
+    assert asked[:4] == [f"{tmp_path}/bert", "sst2", f"{tmp_path}/tasks", tmp_path / "found"]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +130,10 @@ def test_export_writes_a_verified_folder(
     assert "error" in told
     assert (output / "model.onnx").is_file()
     (score,) = re.findall(r"accuracy +(\d+\.\d+% -> \d+\.\d+%)", told)
-    assert f"| accuracy | {score} |" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert f"| accuracy | {score} |" in card
+    model, options = finetuned("sst2"), f"--opset 20 --task sst2 --data {tasks} --output {output}"
+    assert f"fastdistil export {model} --format onnx {options}\n" in card
     before, after = score.split(" -> ")
     assert before == after  # ONNX in float32 answers the same
     int8 = ["--format", "onnx-int8", "--opset", "20", "--output", str(tmp_path / "int8")]

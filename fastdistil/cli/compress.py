@@ -167,7 +167,7 @@ def _require_any(comparison: Any) -> None:
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Folder or hub id of a model, compressed or not.")],
-    output: Annotated[Path, typer.Option(help="Folder to write, which must not exist.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be empty.")],
     format: Annotated[str, typer.Option(help="onnx, onnx-int8 or executorch.")] = "onnx",
     task: TaskName = None,
     data: TaskFolder = None,
@@ -200,5 +200,7 @@ def export(
         max_length=length,
         examples=context.calibration().batches,
         score=lambda model: evaluate_task(model, found, held_out),
+        task=task,
+        data=data,
     )
     print_rows(result.rows())

@@ -32,6 +32,7 @@ from fastdistil.data.task_batches import read_task_batch, within_budget
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Task, read_examples
 from fastdistil.errors import UserError
+from fastdistil.evaluate import check_teacher, evaluate_task
 from fastdistil.export.folder import Exported, read_exported
 from fastdistil.models.taps import accepted_inputs, task_logits
 from fastdistil.models.task import load_task_model
@@ -59,11 +60,21 @@ class ChainContext:
     # Where it is scored in place of the validation split: to choose among chains by.
     validation_fraction: float | None = None
     allow_weak_teacher: bool = False
+    teacher_is_checked: bool = False  # by the caller: it is not scored again before something learns from it
     say: Callable[[str], None] = print
 
     @cached_property
     def tokenizer(self) -> Any:
         return load_task_model(self.teacher, self.task, new_head=False)[1]
+
+    @cached_property
+    def strong_teacher(self) -> str:
+        """The teacher, once it is seen to be better than chance on the validation split; else `UserError`."""
+        model, tokenizer = load_task_model(self.teacher, self.task, new_head=False)
+        examples = read_examples(self.task, self.data, "validation")
+        scores = evaluate_task(model, self.task, encode(self.task, examples, tokenizer, self.max_length))
+        check_teacher(self.teacher, self.task, scores, examples.labels, self.say, allow_weak=False)
+        return self.teacher
 
     @cached_property
     def examples(self) -> EncodedTask:
@@ -187,10 +198,11 @@ def _distil(
     refuse_runtime(step, source, read_exported(source))
     config = _recipe_config(step, source, folder, context, seed, first=first)
     if train:
-        _train(config, folder)
+        _train(config, folder, context)
         return
-    from fastdistil.train.students import build_student
+    from fastdistil.train.students import build_student, resolved
 
+    config = resolved(config)
     torch.manual_seed(seed)
     origin = config.student.from_model or config.teacher
     assert origin is not None
@@ -217,7 +229,7 @@ def _recipe_config(
         str(step),
         [f"{key}={json.dumps(value)}" for key, value in options.items()],
         teacher=context.teacher if learns else source,
-        task=context.task.name if reads_task else None,
+        task=context.task.argument if reads_task else None,
         data=context.data if reads_task else None,
         output=folder / "run",
     )
@@ -251,7 +263,7 @@ def _compress(
         if config is not None:
             save_model(model, tokenizer, start)
     if config is not None:
-        trained = _train(config, folder)
+        trained = _train(config, folder, context)
         model, tokenizer = load_task_model(trained, context.task, new_head=False)
     model = method.finish(model, options)
     notes: list[str] = list((getattr(model.config, "fastdistil", None) or {}).get("notes", []))
@@ -266,7 +278,7 @@ def _recovery_config(step: Step, folder: Path, context: ChainContext, seed: int)
         "recover",
         [f"{key}={json.dumps(value)}" for key, value in options.items()],
         teacher=context.teacher,
-        task=context.task.name,
+        task=context.task.argument,
         data=context.data,
         output=folder / "run",
     )
@@ -287,11 +299,14 @@ def _steps(config: RunConfig, context: ChainContext) -> int:
     return count_steps(len(split_examples(examples, config.task)[0]), config.run)
 
 
-def _train(config: RunConfig, folder: Path) -> Path:
+def _train(config: RunConfig, folder: Path, context: ChainContext) -> Path:
     """The folder of the trained model, moved to the step's `model`."""
     from fastdistil.train.run import CONFIG, run
 
-    run(config, resume=(config.output / CONFIG).exists())
+    if config.uses_teacher and not (context.teacher_is_checked or config.allow_weak_teacher):
+        _ = context.strong_teacher
+    # Only the last step's model is scored, and not here.
+    run(config, resume=(config.output / CONFIG).exists(), score=False)
     trained = config.output / ("student" if config.uses_teacher else "model")
     os.rename(trained, folder / "model")
     return folder / "model"

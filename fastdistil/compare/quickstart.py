@@ -73,7 +73,7 @@ def compare_quickstart(
     Raises what `compare` does, and UserError where OUTPUT-teacher holds something else.
     """
     config = quickstart_config(output, methods, overrides, seeds=seeds)
-    make_teacher(_teacher_folder(output))
+    make_teacher(_teacher_folder(config.output))
     return compare(config)
 
 
@@ -81,6 +81,7 @@ def quickstart_config(
     output: Path, methods: Sequence[str] | None = None, overrides: Sequence[str] = (), *, seeds: int = 1
 ) -> CompareConfig:
     """What the comparison is of. The user's `overrides` go after the quickstart's own."""
+    output = output.expanduser()
     names = list(METHODS if methods is None else methods)
     # An override must be of use to a step, and some steps do not train.
     budget = _BUDGET if any(chain.trains for chain in parse_chains(names)) else ()
@@ -128,4 +129,5 @@ def _make_start(folder: Path) -> None:
 
 
 def _teacher_folder(output: Path) -> Path:
-    return output.with_name(f"{output.name}-teacher")
+    named = output.resolve() if output.name in ("", "..") else output
+    return named.with_name(f"{named.name}-teacher")

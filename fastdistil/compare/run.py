@@ -41,6 +41,7 @@ from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.export.card import write_card
 from fastdistil.models.load import load_fitting_tokenizer, max_positions
 from fastdistil.models.task import load_task_model
+from fastdistil.paths import one_spelling
 from fastdistil.schema import Section
 
 TEACHER = "teacher"
@@ -76,8 +77,13 @@ def compare(config: CompareConfig, log: CompareLog | None = None) -> Comparison:
         KeyboardInterrupt: after Ctrl-C; what is finished is kept, and the same call goes on.
     """
     disable_progress_bar()
+    spelled = {
+        "teacher": one_spelling(config.teacher),
+        "data": None if config.data is None else one_spelling(config.data),
+        "output": config.output.expanduser(),
+    }
     with log or CompareLog() as log:
-        return _Run(config, log).whole()
+        return _Run(config.model_copy(update=spelled), log).whole()
 
 
 class _Run:
@@ -85,6 +91,9 @@ class _Run:
         self.config, self.log = config, log
         self.task: Task = find_task(config.task)
         self.chains = parse_chains(config.methods, config.overrides)
+        for chain, text in zip(self.chains, config.methods, strict=True):
+            if chain.name == TEACHER:
+                raise UserError(f"{text}: the row of the teacher itself has that name; rename the file")
         # As the user wrote them: the name of a chain in a file is not where it lies.
         self.texts = dict(zip((chain.name for chain in self.chains), config.methods, strict=True))
         # What is known of a method's row beforehand.
@@ -148,6 +157,7 @@ class _Run:
             output=config.output,
             max_length=self.max_length,
             allow_weak_teacher=config.allow_weak_teacher,
+            teacher_is_checked=True,
             say=lambda text: self.log.say(f"    {text}"),
         )
 
@@ -330,7 +340,7 @@ class _Run:
         return compress_command(
             config.teacher,
             {"--method": self.texts[chain.name]},
-            self.task.name,
+            self.task.argument,
             config.data,
             chain.overrides,
             seed,
@@ -340,7 +350,7 @@ class _Run:
 
     def _on_task(self) -> list[str]:
         data = [] if self.config.data is None else ["--data", self.config.data]
-        return ["--task", self.task.name, *data]
+        return ["--task", self.task.argument, *data]
 
 
 def _identity(chain: Chain) -> dict[str, Any]:

@@ -26,7 +26,14 @@ from fastdistil.compare.chain import ChainContext, chain_record, check_chain, ru
 from fastdistil.compare.files import check_output, write_json
 from fastdistil.compare.machine import describe_machine, processor_name
 from fastdistil.compare.measure import float_reference, measure
-from fastdistil.compare.single import CompressResult, begin, compress_command, finish_single, is_ours
+from fastdistil.compare.single import (
+    CompressResult,
+    begin,
+    compress_command,
+    finish_single,
+    is_ours,
+    release,
+)
 from fastdistil.compare.steps import Chain, parse_chains
 from fastdistil.compress.store import load
 from fastdistil.data.task_encoding import encode
@@ -36,13 +43,16 @@ from fastdistil.evaluate import bytes_on_disk, evaluate_task, mean_score
 from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.models.load import load_fitting_tokenizer, max_positions
 from fastdistil.models.task import load_task_model
+from fastdistil.paths import one_spelling
 from fastdistil.train.cache import model_fingerprint
 from fastdistil.train.prepare_task import split_examples
 from fastdistil.train.sections import TaskConfig
+from fastdistil.wording import gain
 
 STATE = "search.json"
 _TEACHER = "teacher"
 _HELD_OUT = 0.1  # of the training examples
+_LOOKED_AT = 8  # training examples by what is only timed: which heads or neurons go does not matter to that
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3}
 
@@ -68,7 +78,7 @@ class Target:
         return min(shares)
 
     def __str__(self) -> str:
-        parts = [] if self.speedup is None else [f"{self.speedup:g}x faster"]
+        parts = [] if self.speedup is None else [f"{self.speedup:g}× faster"]
         return " and ".join(parts + ([] if self.size is None else [f"at most {self.size / 1e6:g} MB"]))
 
 
@@ -80,7 +90,7 @@ class Measured:
     speedup: float
 
     def __str__(self) -> str:
-        return f"{self.speedup:.1f}x faster, {self.disk_bytes / 1e6:.1f} MB"
+        return f"{gain(self.speedup, 'faster', 'slower')}, {self.disk_bytes / 1e6:.1f} MB"
 
 
 @dataclass(frozen=True)
@@ -175,6 +185,8 @@ def compress_for_target(
         RunError: no chain could be made.
     """
     target = Target(target_speedup, None if target_size is None else parse_size(target_size))
+    source, output = one_spelling(source), output.expanduser()
+    data = None if data is None else one_spelling(data)
     search = _Search(source, task, data, output, overrides, seed, say, allow_weak_teacher)
     chosen = search.train(search.meeting(target), candidates)
     found = search.state.measured[chosen.name]
@@ -226,8 +238,15 @@ class _Search:
         )
         for chain in self.chains.values():
             check_chain(chain, self.context)
-        begin(output, source)
-        self.held_out = self._held_out_examples()
+        ours = is_ours(output)
+        # With another target it may go on.
+        begin(output, source, {"chain": "a search", "task": self.task.name, "data": data})
+        try:
+            self.held_out = self._held_out_examples()
+        except UserError:
+            if not ours:
+                release(output)
+            raise
         self.state = self._read()
 
     def meeting(self, target: Target) -> list[Chain]:
@@ -277,9 +296,11 @@ class _Search:
             self.say(f"{len(self.state.measured)} chains were measured before")
             return
         folders, errors = {_TEACHER: self.folder}, {}
-        for name, chain in self.chains.items():
+        context = replace(self.context, calibration_examples=_LOOKED_AT, say=lambda text: None)
+        for number, (name, chain) in enumerate(self.chains.items(), start=1):
+            self.say(f"[{number}/{len(self.chains)}] {name}, without training")
             try:
-                folders[name] = run_chain(chain, self.context, self.seed, train=False)
+                folders[name] = run_chain(chain, context, self.seed, train=False)
             except Exception as error:  # the other chains are of use
                 errors[name] = one_line(error)
                 self.say(f"left out: {name}: {errors[name]}")
@@ -313,7 +334,7 @@ class _Search:
                 "a search needs the same task.max_examples for all steps: train.task.max_examples=N"
             )
         section = TaskConfig(
-            name=self.task.name, max_examples=next(iter(limits), None), validation_fraction=_HELD_OUT
+            name=self.task.argument, max_examples=next(iter(limits), None), validation_fraction=_HELD_OUT
         )
         _, held_out = split_examples(read_examples(self.task, self.data, self.task.splits[0]), section)
         assert held_out is not None

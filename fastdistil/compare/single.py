@@ -1,12 +1,13 @@
 """One compressed model, beside the one that it was made of.
 
 output/
-  compress.json  what is compressed: the folder is ours
+  compress.json  what is compressed, and how: the folder is ours
   model/         the result, with its model card
   models/        what leads to it (see chain)
-  result.json    what is shown
+  result.json    what is shown; written last
 """
 
+import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +17,17 @@ from typing import Any
 
 import torch
 
-from fastdistil.compare.chain import ChainContext, chain_record, check_chain, refuse_runtime, run_chain
+from fastdistil.compare.chain import (
+    RECORD,
+    ChainContext,
+    chain_record,
+    check_chain,
+    refuse_runtime,
+    run_chain,
+)
 from fastdistil.compare.files import check_output, write_json
 from fastdistil.compare.measure import float_reference, measure
+from fastdistil.compare.pieces import difference
 from fastdistil.compare.steps import Chain, parse_chain
 from fastdistil.compress.store import is_compressed, load
 from fastdistil.data.task_encoding import encode
@@ -29,9 +38,13 @@ from fastdistil.evaluate.cost import LENGTH, model_folder
 from fastdistil.export.card import write_card
 from fastdistil.export.folder import read_exported
 from fastdistil.models.load import load_fitting_tokenizer, load_tokenizer, max_positions
+from fastdistil.paths import one_spelling
 from fastdistil.train.checkpoint import publish, save_model
+from fastdistil.wording import gain
 
 MARKER = "compress.json"
+RESULT = "result.json"
+_UNTRAINED = "untrained"  # in models/: what a chain makes without a task
 
 
 @dataclass(frozen=True)
@@ -66,12 +79,12 @@ class CompressResult:
             (
                 "size on disk",
                 f"{before.disk_bytes / 1e6:.1f} MB -> {after.disk_bytes / 1e6:.1f} MB, "
-                f"{before.disk_bytes / after.disk_bytes:.1f}x smaller",
+                f"{gain(before.disk_bytes / after.disk_bytes, 'smaller', 'larger')}",
             ),
             (
                 f"latency, 1 × {self.length} tokens, one thread",
                 f"{before.latency_ms:.1f} ms -> {after.latency_ms:.1f} ms, "
-                f"{before.latency_ms / after.latency_ms:.1f}x faster",
+                f"{gain(before.latency_ms / after.latency_ms, 'faster', 'slower')}",
             ),
         ]
         if before.scores is not None and after.scores is not None:
@@ -104,16 +117,26 @@ def compress_model(
     trained, and methods that look at examples refuse. What is finished in `output` is not repeated.
 
     Raises:
-        UserError: as `parse_chain` and `run_chain`; a folder that holds something else.
+        UserError: as `parse_chain` and `run_chain`; a folder that holds something else, or the finished model
+            of another chain, source, task or seed.
         RunError: a failure while training.
     """
+    source, output = one_spelling(source), output.expanduser()
+    data = None if data is None else one_spelling(data)
     chain = parse_chain(method, overrides)
     found = None if task is None else find_task(task)
-    check_output(output, "compressed model", ours=is_ours(output))
+    ours = is_ours(output)
+    check_output(output, "compressed model", ours=ours)
+    making = {
+        "chain": chain.name,
+        "task": None if found is None else found.name,
+        "data": data,
+        "seed": seed,
+        "steps": [step.identity() for step in chain.steps],
+    }
+    context = None
     if found is None:
         _check_untrained(source, chain)
-        begin(output, source)
-        made, notes = _without_task(source, chain, output, seed), list[str]()
     else:
         context = ChainContext(
             teacher=source,
@@ -125,9 +148,17 @@ def compress_model(
             say=say,
         )
         check_chain(chain, context)
-        begin(output, source)
-        made = run_chain(chain, context, seed)
-        notes = chain_record(chain, context, seed).notes
+    begin(output, source, making)
+    try:
+        if context is None:
+            made, notes = _without_task(source, chain, output, seed), list[str]()
+        else:
+            made = run_chain(chain, context, seed)
+            notes = chain_record(chain, context, seed).notes
+    except UserError:
+        if not ours:
+            release(output)
+        raise
     command = compress_command(
         source,
         {"--method": method},
@@ -194,7 +225,9 @@ def finish_single(
         latency = timings[name][0].p50_ms
         sides[name] = Side(count_parameters(model), bytes_on_disk(folder), latency, scores, score)
     result = CompressResult(output / "model", chain.name, length, sides["before"], sides["after"], [*notes])
-    shutil.copytree(made, aside := output / ".writing-model", dirs_exist_ok=True)
+    aside = output / ".writing-model"
+    shutil.rmtree(aside, ignore_errors=True)  # of a copy that was killed
+    shutil.copytree(made, aside)
     publish(aside, output / "model")
     write_card(
         output / "model",
@@ -204,7 +237,7 @@ def finish_single(
         steps=chain.descriptions,
         facts=result.rows()[2:],
     )
-    write_json(output / "result.json", {**asdict(result), "path": "model"})
+    write_json(output / RESULT, {**asdict(result), "path": "model"})
     return result
 
 
@@ -213,9 +246,31 @@ def is_ours(output: Path) -> bool:
     return (output / MARKER).is_file()
 
 
-def begin(output: Path, source: str) -> None:
-    """Make the folder, which was checked, one that models are compressed in."""
-    write_json(output / MARKER, {"model": source})
+def begin(output: Path, source: str, making: Mapping[str, Any]) -> None:
+    """Make the folder, which was checked, one that models are compressed in.
+
+    `making` is what decides the model.
+
+    Raises `UserError` where the folder holds the finished model of something else.
+    """
+    wanted = json.loads(json.dumps({"model": source, **making}))
+    if is_ours(output) and (output / RESULT).is_file():
+        held = json.loads((output / MARKER).read_text(encoding="utf-8"))
+        # Of a folder that an earlier version began, only the source is known.
+        if change := difference(held, {key: wanted.get(key) for key in held}):
+            raise UserError(
+                f"output {output} holds the finished model of another command: {change}; choose another "
+                "--output"
+            )
+    write_json(output / MARKER, wanted)
+
+
+def release(output: Path) -> None:
+    """Take back a claim where a mistake was found before anything was made: the next try may differ."""
+    # A training that was refused has taken its run/ back.
+    made = (_UNTRAINED, *(f"*/seed-*/{name}" for name in (RECORD, "model", "run")))
+    if not any(any(output.glob(f"models/{name}")) for name in made):
+        shutil.rmtree(output, ignore_errors=True)
 
 
 def _check_untrained(source: str, chain: Chain) -> None:
@@ -234,6 +289,6 @@ def _without_task(source: str, chain: Chain, output: Path, seed: int) -> Path:
         refuse_runtime(step, f"what {before} makes", getattr(model, "exported", None))
         options = step.method_options()
         model = step.method.finish(step.method.apply(model, options, None), options)
-    folder = output / "models" / "untrained"
+    folder = output / "models" / _UNTRAINED
     save_model(model, load_tokenizer(source, masks=False), folder)
     return folder

@@ -33,6 +33,7 @@ from fastdistil.compare.quantities import (
 )
 from fastdistil.compare.results import Comparison, Row
 from fastdistil.train.report import markdown_table
+from fastdistil.wording import gain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -77,7 +78,7 @@ def gains(comparison: Comparison, row: Row) -> list[str]:
     for quantity, better, worse in ((FASTER, "faster", "slower"), (SMALLER, "smaller", "larger")):
         ratio = quantity.value(comparison, row)
         if ratio is not None:
-            found.append(f"{ratio:.1f}× {better}" if ratio >= 1 else f"{1 / ratio:.1f}× {worse}")
+            found.append(gain(ratio, better, worse))
     return found
 
 

@@ -1,6 +1,7 @@
 """Load a model folder, of a compressed model or a plain one of `transformers`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _read_config(source: str | Path) -> Any:
     import fastdistil.models.bilstm  # noqa: F401  registers it with the Auto classes
 
     try:
-        return AutoConfig.from_pretrained(str(source), trust_remote_code=False)
+        return AutoConfig.from_pretrained(os.path.expanduser(source), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first_line = str(error).strip().split("\n")[0]
         raise UserError(f"{source}: no model can be loaded from there ({first_line})") from error

@@ -53,12 +53,16 @@ def model_card(
         steps: of the chain, in order, a sentence each.
         facts: label and value, with its unit: scores, size, latency.
     """
+    from fastdistil.models.bilstm import BiLSTMConfig
+
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     known = licence(made_of)
     architecture = (config.get("architectures") or [""])[0]
     pipeline, auto = next((v for end, v in _HEADS.items() if architecture.endswith(end)), _ENCODER)
     exported = read_exported(folder)
-    library = exported.runtime if exported else "fastdistil" if config.get("fastdistil") else "transformers"
+    # The class of a BiLSTM is ours: transformers alone does not know it.
+    ours = config.get("fastdistil") or config.get("model_type") == BiLSTMConfig.model_type
+    library = exported.runtime if exported else "fastdistil" if ours else "transformers"
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: {pipeline}\nlicense: {known}\n---",
         f"# {title}",

@@ -21,6 +21,7 @@ from fastdistil.export.onnx import export_onnx
 from fastdistil.export.onnx_int8 import quantize_onnx
 from fastdistil.export.runtime import load_runtime
 from fastdistil.models.load import load_fitting_tokenizer, max_positions
+from fastdistil.wording import gain
 
 FORMATS = ("onnx", "onnx-int8", "executorch")
 _RUNS, _WARMUP = 20, 3
@@ -60,12 +61,12 @@ class ExportResult:
             (
                 "size on disk",
                 f"{self.source_bytes / 1e6:.1f} MB -> {self.bytes / 1e6:.1f} MB, "
-                f"{self.source_bytes / self.bytes:.1f}x smaller",
+                f"{gain(self.source_bytes / self.bytes, 'smaller', 'larger')}",
             ),
             (
                 f"latency, 1 × {self.length} tokens, {threads}",
                 f"{self.latency_before_ms:.2f} ms -> {self.latency_after_ms:.2f} ms, "
-                f"{self.latency_before_ms / self.latency_after_ms:.1f}x faster",
+                f"{gain(self.latency_before_ms / self.latency_after_ms, 'faster', 'slower')}",
             ),
             *((name.replace("_", " "), f"{before[name]:.2%} -> {after[name]:.2%}") for name in after),
             *(("note", note) for note in self.notes),
@@ -81,6 +82,8 @@ def export_model(
     max_length: int = 128,
     examples: Sequence[Any] = (),
     score: Callable[[Any], Mapping[str, float]] | None = None,
+    task: str | None = None,
+    data: str | None = None,
 ) -> ExportResult:
     """Write the model `source` to the folder `output` for another runtime, compared with the original.
 
@@ -93,6 +96,8 @@ def export_model(
         max_length: tokens that the latency is measured at, and that an ExecuTorch file takes at most.
         examples: `TaskBatch`es that the two are compared on, besides texts of our own.
         score: of a model, on a task; asked of both, for the result and the model card.
+        task, data: the options of `fastdistil export` that `examples` and `score` come from: the card tells
+            the command.
 
     Raises:
         UserError: an unknown format, an `output` that is there already, a source that is exported or
@@ -111,11 +116,18 @@ def export_model(
             model = _write(source, format, partial, opset, max_length, examples)
             size = bytes_on_disk(model_folder(source))
             result = _result(model, size, partial, Path(output).expanduser(), format, max_length, score)
-            more = "" if opset is None else f" --opset {opset}"
+            options = {
+                "--format": format,
+                "--opset": opset,
+                "--task": task,
+                "--data": data,
+                "--output": output,
+            }
+            given = [word for name, value in options.items() if value is not None for word in (name, value)]
             write_card(
                 partial,
                 title=f"{Path(source).name}: {format}",
-                command=f"fastdistil export {shlex.quote(str(source))} --format {format}{more} --output PATH",
+                command=shlex.join(map(str, ["fastdistil", "export", source, *given])),
                 made_of=source,
                 facts=result.rows()[1:],
             )

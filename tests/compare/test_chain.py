@@ -49,9 +49,9 @@ def trainings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     begun = []
     train = chain_module._train
 
-    def spy(config: Any, folder: Path) -> Path:
+    def spy(config: Any, *more: Any) -> Path:
         begun.append(config.recipe)
-        return train(config, folder)
+        return train(config, *more)
 
     monkeypatch.setattr(chain_module, "_train", spy)
     return begun
@@ -85,6 +85,22 @@ def test_recovery_starts_from_what_was_pruned_and_changes_it(context: Context) -
     # Three steps at a small rate: near what they started from, and no longer it.
     assert torch.allclose(first[name], second[name], atol=1e-3)
     assert not torch.equal(first[name], second[name])
+
+
+def test_steps_are_trained_and_not_scored_and_their_teacher_is_scored_once(context: Context) -> None:
+    said: list[str] = []
+    ctx = context(say=said.append)
+    folder = run_chain(parse_chain("prune-ffn:0.5+prune-heads:0.5", QUICK), ctx)
+    run = folder.parent / "run"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert records
+    assert not any("held_out" in key for record in records for key in record)
+    assert not (run / "results.json").exists()
+    assert sum(text.startswith("teacher ") for text in said) == 1
+
+    said.clear()
+    run_chain(parse_chain("prune-width:0.5", QUICK), context(say=said.append, teacher_is_checked=True))
+    assert not any(text.startswith("teacher ") for text in said)
 
 
 def test_a_finished_chain_is_not_made_again(context: Context, trainings: list[str]) -> None:

@@ -47,6 +47,22 @@ def test_the_teacher_is_made_beside_the_comparison(monkeypatch, tmp_path):
     assert calls[1].seeds == 2
 
 
+@pytest.mark.parametrize("output", [".", "..", "inner/.."])
+def test_the_folder_of_a_comparison_may_be_the_one_where_it_is_run(monkeypatch, tmp_path, output):
+    (tmp_path / "quick" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "quick" / "inner" if output == ".." else tmp_path / "quick")
+    assert quickstart_config(Path(output)).teacher == str(tmp_path / "quick-teacher" / "model")
+
+
+def test_the_home_folder_is_spelled_out(monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(quickstart, "make_teacher", folders.append)
+    monkeypatch.setattr(quickstart, "compare", lambda config: folders.append(config.output))
+    compare_quickstart(Path("~/quick"))
+    assert folders == [tmp_path / "quick-teacher", tmp_path / "quick"]
+
+
 def table(split: str) -> Table:
     words = ("array", "column", "graph", "figure", "tensor", "symbol", "token", "file")
     count = 12 if split == "train" else 4

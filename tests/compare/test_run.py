@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -378,6 +379,29 @@ def test_another_comparison_in_the_folder_is_named(world, data, tmp_path):
     with pytest.raises(UserError, match="another comparison: max_length was 32, is 16"):
         world("halve", max_length=16)
     assert world.made == [("halve", 0)]
+
+
+def test_a_comparison_goes_on_whatever_the_spelling_of_its_paths(world, monkeypatch):
+    first = world("halve")
+    again = world("halve", teacher=f"{world.teacher}/", data=f"{world.data.parent}/./{world.data.name}")
+    assert world.made == [("halve", 0)]
+    assert again.rows == first.rows
+    monkeypatch.setenv("HOME", str(world.output.parent))
+    monkeypatch.chdir(world.teacher.parent)
+    relative = {"teacher": f"./{world.teacher.name}/", "output": Path("~/relative")}
+    world("halve", **relative)
+    kept = json.loads((world.output.parent / "relative" / "compare.json").read_text())
+    assert kept["teacher"]["source"] == world.teacher.name
+    assert kept["data"] == str(world.data)
+
+
+def test_a_chain_in_a_file_may_not_have_the_name_of_the_teachers_row(world, tmp_path):
+    file = tmp_path / "teacher.yaml"
+    file.write_text("steps: [{method: halve}]\n")
+    message = f"{file}: the row of the teacher itself has that name; rename the file"
+    with pytest.raises(UserError, match=re.escape(message)):
+        world(str(file))
+    assert not world.output.exists()
 
 
 def test_another_teacher_in_the_folder_is_named(world, tmp_path):

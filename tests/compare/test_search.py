@@ -241,7 +241,7 @@ def test_a_target_that_no_chain_meets_names_the_nearest_and_keeps_the_measuremen
     with pytest.raises(UserError) as caught:
         find(100.0)
     assert "\n" not in str(caught.value)
-    assert f" 100x faster on this machine; the nearest is {last}: {fakes.speedups[last]:.1f}x faster" in str(
+    assert f" 100× faster on this machine; the nearest is {last}: {fakes.speedups[last]:.1f}× faster" in str(
         caught.value
     )
     assert not fakes.trained
@@ -254,7 +254,7 @@ def test_the_nearest_to_two_targets_misses_neither_by_much(find, fakes):
     fakes.speedups = dict.fromkeys(names, 2.0) | {names[0]: 40.0, names[1]: 9.0}
     fakes.sizes = dict.fromkeys(names, 500) | {names[0]: 10_000, names[1]: 110}
     with pytest.raises(
-        UserError, match=rf" 10x faster and at most 0.0001 MB .* the nearest is {names[1]}: 9.0x"
+        UserError, match=rf" 10× faster and at most 0.0001 MB .* the nearest is {names[1]}: 9.0×"
     ):
         find(10.0, "100")
 
@@ -307,7 +307,7 @@ def test_structures_are_removed_once_they_are_measured(find, tmp_path):
 
 def test_the_result_says_how_it_was_chosen(find):
     chosen, notes = find(4.0, candidates=1)
-    assert notes[0].startswith("chosen for 4x faster among")
+    assert notes[0].startswith("chosen for 4× faster among")
     assert notes[1:] == [f"{chosen}: accuracy 0.8700 on held-out training examples", "a note of a step"]
 
 

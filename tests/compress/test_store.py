@@ -174,6 +174,15 @@ def test_only_a_folder_with_replacements_is_compressed(build: Any, save: Any, tm
     assert not is_compressed(tmp_path / "nowhere")
 
 
+def test_a_folder_is_found_from_the_home_folder_on(
+    build: Any, save: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for model in (build("bert"), _narrow(build("bert"))):
+        folder = save(model)
+        monkeypatch.setenv("HOME", str(folder.parent))
+        assert torch.equal(run(load(f"~/{folder.name}")), run(model))
+
+
 def test_another_class_may_be_asked_for(build: Any, save: Any, run: Any) -> None:
     model = _narrow(build("bert"))
     folder = save(model)

@@ -1,7 +1,10 @@
 """Model cards: what made the model, whose licence it is under, how it is loaded."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,6 +98,7 @@ def test_card_lists_steps_and_facts(tmp_path: Path) -> None:
         ({}, "AutoModelForSequenceClassification.from_pretrained("),
         ({"architectures": ["BertModel"]}, "AutoModel.from_pretrained("),
         ({"fastdistil": {"replacements": []}}, "fastdistil.load("),
+        ({"model_type": "fastdistil-bilstm"}, "fastdistil.load("),
         (
             {"fastdistil": {"runtime": "onnxruntime", "file": "m.onnx", "parameters": 1}},
             'onnxruntime.InferenceSession("path/to/this/folder/m.onnx")',
@@ -103,3 +107,26 @@ def test_card_lists_steps_and_facts(tmp_path: Path) -> None:
 )
 def test_card_says_how_the_model_is_loaded(config: dict[str, object], loader: str, tmp_path: Path) -> None:
     assert loader in model_card(_folder(tmp_path / "m", **config), title="t", command="c", made_of="t")
+
+
+@pytest.mark.parametrize("is_bilstm", [False, True])
+def test_the_code_of_a_card_runs(
+    is_bilstm: bool, source: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from fastdistil.models.bilstm import make_bilstm
+
+    model = AutoModelForSequenceClassification.from_pretrained(source)
+    if is_bilstm:
+        model = make_bilstm(model, pairs=False, hidden_size=5, fc_size=7)
+    folder = tmp_path / "path" / "to" / "this" / "folder"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    card = model_card(folder, title="t", command="c", made_of="t")
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    # In a process of its own: here the class of a BiLSTM is known already.
+    script = f"{code}\nprint(*output.logits.shape)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "3"]

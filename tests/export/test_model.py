@@ -10,7 +10,7 @@ from fastdistil.compress.registry import find_method
 from fastdistil.compress.store import load
 from fastdistil.errors import UserError
 from fastdistil.export.folder import read_exported
-from fastdistil.export.model import FORMATS, export_model
+from fastdistil.export.model import FORMATS, ExportResult, export_model
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -30,8 +30,15 @@ def test_onnx(source: Path, tmp_path: Path) -> None:
         f"latency, 1 × 16 tokens, {result.threads} thread" + ("s" if result.threads > 1 else ""),
     ]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"fastdistil export {source} --format onnx --output PATH" in card
+    assert f"fastdistil export {source} --format onnx --output {tmp_path / 'out'}\n" in card
     assert f"| {result.rows()[2][0]} | {result.rows()[2][1]} |" in card
+
+
+def test_what_is_larger_and_slower_is_told_so() -> None:
+    result = ExportResult(Path("out"), "onnx", 1000, 6_000_000, 2_000_000, 0.0, None, 3.0, 6.0, 16, 1)
+    told = dict(result.rows())
+    assert told["size on disk"] == "2.0 MB -> 6.0 MB, 3.0× larger"
+    assert told["latency, 1 × 16 tokens, 1 thread"] == "3.00 ms -> 6.00 ms, 2.0× slower"
 
 
 def test_int8_of_a_float_onnx_folder(onnx_folder: Path, tmp_path: Path) -> None:
