@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fastdistil.data.task_files import delimited
 from fastdistil.errors import UserError
 
 _JSON_LINES = {".jsonl", ".ndjson"}
@@ -25,7 +26,6 @@ _SUFFIXES = {".txt", ".text", ".parquet", *_JSON_LINES}
 # In a folder of the others these are, as a rule, about the text and not the text.
 _TABLES = {".csv", ".tsv", ".json"}
 COLUMNS = {".parquet", *_JSON_LINES, *_TABLES}  # files that have any
-_LONGEST_FIELD = 2**31 - 1
 _SPLIT_NAMES = ("train", "validation", "valid", "dev", "test")
 
 
@@ -282,14 +282,11 @@ def _json_text(file: Path, where: str, column: str, row: Any) -> str | None:
 
 
 def _delimited_rows(file: Path, column: str, start: int) -> Iterator[str | None]:
-    csv.field_size_limit(_LONGEST_FIELD)  # a field may be a whole document, and 128 KiB are the usual limit
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        # As in a task's files: what is separated by tabs quotes nothing, and a lone " is text.
-        tabs = file.suffix.lower() == ".tsv"
-        reader = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
+        reader = delimited(stream, tabs=file.suffix.lower() == ".tsv")
         rows = filter(None, reader)
         try:
-            names = next(rows, [])
+            names: list[str] = next(rows, [])
             if names and column not in names:
                 raise _no_column(str(file), column, names)
             for number, row in enumerate(rows, 1):

@@ -8,12 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fastdistil.errors import UserError
 
 # In the order in which they are looked for: a folder may hold the same split in several formats.
 _SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".json", ".tsv", ".csv")
+_LONGEST_FIELD = 2**31 - 1
 MACHINE = "machine"  # in place of a dataset of the hub: made of what is installed
 VALIDATION = ("validation", "dev", "valid", "val")  # what people call this split
 
@@ -104,6 +105,13 @@ def read_hub(path: str, configuration: str, split: str, wanted: set[str]) -> Tab
     return Table(where, names, {name: list(dataset[name]) for name in names if name in wanted})
 
 
+def delimited(stream: TextIO, *, tabs: bool) -> Any:
+    """A `csv.reader`, of a file opened with newline=""."""
+    csv.field_size_limit(_LONGEST_FIELD)  # a field may be a whole document, and 128 KiB are the usual limit
+    # GLUE's tab-separated files quote nothing: a lone " is text.
+    return csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
+
+
 def _folders(folder: Path) -> list[Path]:
     return sorted(child for child in folder.iterdir() if child.is_dir())
 
@@ -142,10 +150,8 @@ def _read_parquet(file: Path, wanted: set[str]) -> Table:
 
 
 def _read_delimited(file: Path, wanted: set[str], header: tuple[str, ...]) -> Table:
-    tabs = file.suffix.lower() == ".tsv"
     with file.open(encoding="utf-8-sig", newline="") as stream:
-        # GLUE's tab-separated files quote nothing: a lone " is text.
-        rows = csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(stream)
+        rows = delimited(stream, tabs=file.suffix.lower() == ".tsv")
         try:
             lines = [row for row in rows if row]
         except csv.Error as error:
