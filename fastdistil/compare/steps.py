@@ -14,7 +14,7 @@ from fastdistil.compress.method import Method
 from fastdistil.compress.registry import find_method, methods
 from fastdistil.errors import UserError
 from fastdistil.recipes import for_variant, list_recipes, load_recipe
-from fastdistil.schema import Section
+from fastdistil.schema import Section, in_words, nearest
 from fastdistil.train.overrides import parse_value
 
 # What a user may write who does not want to choose.
@@ -68,13 +68,9 @@ class Step:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or self.name
             if first["type"] == "extra_forbidden":
-                known = list(method.options.model_fields)
-                near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                hint = nearest(key, method.options.model_fields)
                 raise UserError(f"unknown option {self.name}.{key}: {hint}") from None
-            message = first["msg"].removeprefix("Value error, ")
-            shown = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
-            raise UserError(f"{self.name}.{key}: {message[0].lower()}{message[1:]}{shown}") from None
+            raise UserError(in_words(first, f"{self.name}.{key}")) from None
 
 
 @dataclass(frozen=True)

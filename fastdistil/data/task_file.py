@@ -5,7 +5,6 @@ label: queue
 labels: [billing, bug, feature]   # a column of numbers counts them from 0
 """
 
-import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fastdistil.data.task_columns import NO_LABEL
 from fastdistil.errors import UserError
-from fastdistil.schema import Section
+from fastdistil.schema import Section, in_words, nearest
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -109,10 +108,7 @@ def _explain(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        known = list(TaskFile.model_fields)
-        near = difflib.get_close_matches(key, known, n=1)
-        return f"unknown key {key}: " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+        return f"unknown key {key}: {nearest(key, TaskFile.model_fields)}"
     if first["type"] == "missing":
         return f"{key} is missing"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}" if key else message
+    return in_words(first, key)

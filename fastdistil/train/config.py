@@ -4,7 +4,6 @@
 An unknown key is an error that names the nearest one.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from fastdistil.data.tasks import find_task
 from fastdistil.errors import UserError
 from fastdistil.paths import one_spelling
 from fastdistil.recipes import for_variant, load_recipe
-from fastdistil.schema import Section
+from fastdistil.schema import Section, in_words, nearest
 from fastdistil.train.check import check_complete
 from fastdistil.train.objective_config import OBJECTIVES, ObjectiveConfig
 from fastdistil.train.overrides import OF_A_STAGE, apply_overrides, last_value, set_key, with_whole_stages
@@ -257,10 +256,8 @@ def _explain(error: ValidationError) -> str:
     path = [str(part) for part in location]
     dotted = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = _keys_at(first["loc"][:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {'.'.join([*path[:-1], near[0]])}?" if near else f"known: {', '.join(known)}"
-        return f"unknown key {dotted}: {hint}"
+        prefix = dotted.removesuffix(path[-1])
+        return f"unknown key {dotted}: {nearest(path[-1], _keys_at(first['loc'][:-1]), prefix)}"
     if first["type"] == "missing":
         return f"{dotted} is missing" + _HINTS.get(dotted, "")
     if first["type"] == "too_short":
@@ -271,10 +268,7 @@ def _explain(error: ValidationError) -> str:
         return f"{dotted}.name is missing: one of {', '.join(OBJECTIVES)}"
     if first["type"] == "union_tag_invalid":
         return f"{dotted}.name must be one of {', '.join(OBJECTIVES)}, got {first['ctx']['tag']!r}"
-    message = first["msg"].removeprefix("Value error, ")
-    where = f"{dotted}: " if dotted else ""
-    shown = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
-    return f"{where}{message[0].lower()}{message[1:]}{shown}"
+    return in_words(first, dotted)
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
