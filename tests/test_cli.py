@@ -210,6 +210,45 @@ def test_recipes_lists_each_with_its_paper(capsys: pytest.CaptureFixture[str]) -
     assert "Sanh et al. 2019, DistilBERT, a distilled version of BERT" in printed
 
 
+def test_every_key_that_set_takes_is_listed_with_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "--keys"]) == 0
+    printed = capsys.readouterr().out
+    groups = {lines[0]: " ".join(" ".join(lines[1:]).split()) for lines in _paragraphs(printed)}
+    assert "lr peak learning rate (> 0; default 0.0005)" in groups["optimizer.KEY"]
+    assert "name which of them (adamw, adadelta; default adamw)" in groups["optimizer.KEY"]
+    assert "betas of AdamW (default [0.9, 0.98])" in groups["optimizer.KEY"]
+    assert "num_layers transformer layers; null: half of the teacher's (≥ 1)" in groups["student.KEY"]
+    assert (
+        "whole_word pick all pieces of a word together (true, false; default false)" in groups["masking.KEY"]
+    )
+    assert "dropout probability, hidden and attention (≥ 0 and < 1; default 0.1)" in groups["new_teacher.KEY"]
+    assert "task_weight" in groups["objectives.N.KEY where name is prediction"]
+    assert "teacher, data, masking, augment, objectives, optimizer, schedule, run." in groups["stages.N.KEY"]
+    code, line = _fails_with(capsys, ["recipes", "kd", "--keys"])
+    assert (code, line) == (2, "fastdistil: --keys lists those of every recipe: leave out kd, or --keys")
+
+
+def test_a_key_is_told_what_it_means() -> None:
+    from fastdistil.train.config import load_config
+    from fastdistil.train.keys import key_groups
+
+    named = {
+        group.name.removesuffix("KEY") + key.name: key.description
+        for group in key_groups()
+        for key in group.keys
+    }
+    assert [name for name, description in named.items() if not description or description[0] == "("] == []
+    # A key of the documentation that no recipe took would be one that was renamed.
+    plain = load_config("pkd", ["student.num_layers=3"], teacher="t", task="mrpc").model_dump()
+    sections = ("student", "task", "data", "optimizer", "schedule", "run")
+    of_the_run = {f"{section}.{key}" for section in sections for key in plain[section]}
+    assert of_the_run - {"student.bilstm", "student.mobilebert"} <= set(named)
+
+
+def _paragraphs(printed: str) -> list[list[str]]:
+    return [paragraph.splitlines() for paragraph in printed.strip().split("\n\n")]
+
+
 def test_doctor_tells_the_implementation_of_each_op(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
@@ -291,7 +330,7 @@ def test_prepare_then_evaluate(
 
     assert main(["evaluate", str(model), "--corpus", store]) == 0
     lines = capsys.readouterr().out.splitlines()
-    told = dict(line.split("  ", 1) for line in lines)
+    told = {label: value.strip() for label, value in (line.split("  ", 1) for line in lines)}
     assert told["held-out text"].endswith(f"of {sequences} sequences")
     # Random weights of a small scale: nearly uniform over the vocabulary of 400.
     loss = float(told["loss"].split()[0])
@@ -303,6 +342,15 @@ def test_prepare_then_evaluate(
         "1 × 32 tokens, 1 threads",
         "8 × 32 tokens, 1 threads",
     ]
+
+    assert main(["evaluate", str(model), "--corpus", store, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert f"{plain['text']['loss']:.4f} nats a token" == told["loss"]
+    assert plain["text"]["perplexity"] == math.exp(plain["text"]["loss"])
+    assert (
+        f"{plain['text']['tokens']:,} masked tokens of {plain['text']['sequences']:,} sequences"
+        == told["held-out text"]
+    )
 
 
 @pytest.mark.parametrize(

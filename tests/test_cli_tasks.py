@@ -75,6 +75,17 @@ def test_evaluate_a_task(capsys: pytest.CaptureFixture[str], folders: dict[str, 
     assert told["chance"] == "50.00%"
     assert told["peak memory, cpu"] == "5.0 MB at 8 × 16 tokens"
 
+    assert main(["evaluate", folders["classifier"], *task, "--json"]) == 0
+    plain = json.loads(capsys.readouterr().out)
+    assert plain["model"] == folders["classifier"]
+    assert f"{plain['parameters'] / 1e6:.2f} M" == told["parameters"]
+    assert plain["task"]["name"] == "sst2"
+    assert plain["task"]["examples"] == 20
+    assert f"{plain['task']['scores']['accuracy']:.2%}" == told["accuracy"]
+    assert plain["task"]["mean"] == plain["task"]["scores"]["accuracy"]
+    assert [one["batch_size"] for one in plain["latency"]["cpu"]] == [1, 8]
+    assert plain["peak_bytes"] == {"cpu": 5_000_000}
+
 
 def test_prepare_pairs_then_evaluate_both_of_berts_tasks(
     capsys: pytest.CaptureFixture[str], folders: dict[str, str], tmp_path: Path

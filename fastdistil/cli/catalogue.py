@@ -8,16 +8,23 @@ from typing import Annotated
 import typer
 
 from fastdistil.cli.app import Debug, app
+from fastdistil.errors import UserError
 
 
 @app.command()
 def recipes(
     recipe: Annotated[str | None, typer.Argument(help="Show this one's YAML, with all its numbers.")] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key that --set takes instead.")] = False,
     debug: Debug = False,
 ) -> None:
     """List the recipes: the paper, its equations, the code that was read, variants, and what was measured."""
     from fastdistil.recipes import list_recipes, load_recipe
 
+    if keys:
+        if recipe is not None:
+            raise UserError(f"--keys lists those of every recipe: leave out {recipe}, or --keys")
+        _print_keys()
+        return
     if recipe is not None:
         load_recipe(recipe)  # a mistyped name is told with the nearest one
         file = resources.files("fastdistil.recipes") / f"{recipe}.yaml"
@@ -72,9 +79,22 @@ def doctor(debug: Debug = False) -> None:
     print(report())
 
 
-def _print_wrapped(text: str, label: str = "") -> None:
+def _print_keys() -> None:
+    from fastdistil.train.keys import key_groups
+
+    for number, group in enumerate(key_groups()):
+        if number:
+            print()
+        typer.secho(group.name, bold=True)
+        if group.description:
+            _print_wrapped(group.description)
+        for key in group.keys:
+            _print_wrapped(key.description, key.name, width=24)
+
+
+def _print_wrapped(text: str, label: str = "", width: int = 16) -> None:
     """Indented, at most 100 columns wide, with the label in a column of its own."""
-    first = f"    {label:16} " if label else "    "
+    first = f"    {label:{width}} " if label else "    "
     wrapped = textwrap.wrap(
         text, 100, initial_indent=first, subsequent_indent=" " * len(first), break_on_hyphens=False
     )

@@ -1,5 +1,6 @@
 """`train`, `prepare` and `evaluate`: a model by a recipe, its text, and what it is worth."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,11 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a key of the recipe (all: `fastdistil recipes --keys`); may be repeated.",
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -140,6 +145,7 @@ def evaluate(
     text_column: Annotated[
         str | None, typer.Option(help="Column of the corpus's parquet, json, csv, tsv or `datasets` rows.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, unrounded.")] = False,
     debug: Debug = False,
 ) -> None:
     """Measure a model: quality on a task or on text; latency, memory and size. Without either, cost alone."""
@@ -162,4 +168,7 @@ def evaluate(
             text_column=text_column or "text",
             split=split or "test",
         )
-    print_rows(summary.rows())
+    if as_json:
+        print(json.dumps(summary.plain(), indent=2))
+    else:
+        print_rows(summary.rows())

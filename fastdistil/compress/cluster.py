@@ -36,7 +36,7 @@ class ClusterOptions(Section):
     bits: int = Field(default=4, ge=1, le=8, description="of an index before its coding: 2^bits centroids")
     embeddings: bool = Field(default=True, description="cluster the embeddings, too")
     bits_embeddings: int | None = Field(
-        default=None, ge=1, le=8, description="of an index of the embeddings; None: as `bits`"
+        default=None, ge=1, le=8, description="of an index of the embeddings; null: as `bits`"
     )
 
 

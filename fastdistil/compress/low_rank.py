@@ -84,13 +84,13 @@ class LowRankOptions(Section):
     )
     method: Literal["svd", "activation"] | None = Field(
         default=None,
-        description="svd: nearest in weights; activation: nearest in outputs on calibration examples; None: "
+        description="svd: nearest in weights; activation: nearest in outputs on calibration examples; null: "
         "activation where there are examples",
     )
     ranks: Literal["uniform", "sensitivity"] | None = Field(
         default=None,
         description="uniform: the same ratio for every matrix; sensitivity: more where the model's outputs "
-        "change more; None: sensitivity where there are examples and no rank is given",
+        "change more; null: sensitivity where there are examples and no rank is given",
     )
     modules: Literal["all", "ffn", "attention"] = Field(
         default="all", description="which linear layers of the encoder"

@@ -22,7 +22,7 @@ class PruneMagnitudeOptions(Section):
     embeddings: bool = Field(default=False, description="prune the embeddings, too")
     gradual: bool = Field(default=True, description="let the sparsity rise in the recovery, not all at once")
     steps: int | None = Field(
-        default=None, ge=1, description="optimiser steps of the recovery; None: there is none"
+        default=None, ge=1, description="optimiser steps of the recovery; null: there is none"
     )
     cooldown: float = Field(
         default=0.3, ge=0, lt=1, description="share of the steps at the end with the full sparsity"

@@ -65,7 +65,7 @@ class Int8QatOptions(Section):
 
 
 class OnnxOptions(Section):
-    opset: int | None = Field(default=None, description="of ONNX; None: the exporter's default")
+    opset: int | None = Field(default=None, description="of ONNX; null: the exporter's default")
 
 
 class OnnxInt8Options(Section):

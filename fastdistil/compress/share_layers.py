@@ -29,12 +29,12 @@ def _build(module: nn.Module, spec: dict[str, Any]) -> nn.Module:
 
 class ShareLayersOptions(Section):
     groups: int | None = Field(
-        default=None, ge=1, description="layers that stay distinct; None: half of them, ALBERT has 1"
+        default=None, ge=1, description="layers that stay distinct; null: half of them, ALBERT has 1"
     )
     init: Literal["first", "mean", "best"] | None = Field(
         default=None,
         description="what a group starts from: its first layer, the mean of its layers, or the one with "
-        "which the calibration examples cost least; None: best where there are examples, else first",
+        "which the calibration examples cost least; null: best where there are examples, else first",
     )
 
 

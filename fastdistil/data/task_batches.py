@@ -190,7 +190,9 @@ def read_task_batch(data: EncodedTask, rows: np.ndarray) -> TaskBatch:
 
 
 def _answers(answers: TeacherAnswers, data: EncodedTask, rows: np.ndarray) -> BatchAnswers:
-    known = torch.from_numpy(answers.rows[rows])
+    places = np.searchsorted(answers.examples, rows)
+    assert np.array_equal(answers.examples[places], rows), "a batch of examples that were not asked about"
+    known = torch.from_numpy(answers.rows[places])
     logits, first = known.tensor_split([data.task.num_labels], dim=1)
     if not answers.layers:
         return BatchAnswers(logits)

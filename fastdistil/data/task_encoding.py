@@ -26,16 +26,18 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class TeacherAnswers:
-    """What a teacher says of N examples of S = N * C sequences, known beforehand.
+    """What a teacher says of M of a task's examples of C sequences each, known beforehand.
 
     Attributes:
-        rows: (N, num_labels + C * K * D) float32, a row an example: the logits of its classes, options or
+        rows: (M, num_labels + C * K * D) float32, a row an example: the logits of its classes, options or
             one score, then of each of its sequences the outputs of K layers at the first token.
         layers: those K layers, from 0.
+        examples: (M,) int64, which examples, in ascending order.
     """
 
     rows: np.ndarray
     layers: tuple[int, ...]
+    examples: np.ndarray
 
 
 @dataclass(frozen=True)

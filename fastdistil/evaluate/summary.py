@@ -1,7 +1,7 @@
 """Everything `fastdistil evaluate` tells of one model: quality on text or on a task, and cost."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class TextQuality:
         if score.next_sentence_accuracy is not None:
             yield "next-sentence accuracy", f"{score.next_sentence_accuracy:.2%}"
 
+    def plain(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self.score), "perplexity": self.score.perplexity, "sequences": self.sequences}
+
 
 @dataclass(frozen=True)
 class TaskQuality:
@@ -78,6 +82,13 @@ class TaskQuality:
         if len(self.scores) > 1:
             yield "mean", f"{self.mean:.2%}"
         yield "chance", f"{self.chance:.2%}"
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {
+            **{name: value for name, value in vars(self).items() if name != "task"},
+            "name": self.task.name,
+        }
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,18 @@ class Summary:
                 (f"peak memory, {device}", f"{self.peak_bytes[device] / 1e6:.1f} MB at {shape} tokens")
             )
         return rows
+
+    def plain(self) -> dict[str, Any]:
+        """JSON-able: `task` or `text`, where one was asked for, and the cost."""
+        kind = "task" if isinstance(self.quality, TaskQuality) else "text"
+        return {
+            "model": self.source,
+            "parameters": self.parameters,
+            "disk_bytes": self.disk_bytes,
+            **({} if self.quality is None else {kind: self.quality.plain()}),
+            "latency": {device: [asdict(one) for one in all_] for device, all_ in self.latency.items()},
+            "peak_bytes": self.peak_bytes,
+        }
 
 
 def summarize(

@@ -39,7 +39,7 @@ _SOURCES = ("teacher", "from_model", "data", "corpus", "validation", "tokenizer"
 # What gives a key that is missing.
 _HINTS = {"task.name": ": --task NAME (sst2, mrpc, ...)"}
 # Of a recipe, for its reader: they decide nothing.
-_PROSE = ("description", "paper", "equations", "checked_against", "measured")
+PROSE = ("description", "paper", "equations", "checked_against", "measured")
 
 
 class RunConfig(Section):
@@ -60,11 +60,11 @@ class RunConfig(Section):
     )
     new_teacher: NewTeacherConfig | None = Field(default=None, description="train the teacher first")
     student: StudentConfig = StudentConfig()
-    task: TaskConfig | None = Field(default=None, description="None: the student is trained on text alone")
+    task: TaskConfig | None = Field(default=None, description="null: the student is trained on text alone")
     augment: AugmentConfig | None = Field(default=None, description="of the task's training examples")
     data: DataConfig = DataConfig()
     masking: MaskingConfig | None = Field(
-        default=MaskingConfig(), description="None: the models read the text as it is"
+        default=MaskingConfig(), description="null: the models read the text as it is"
     )
     objectives: list[ObjectiveConfig] = Field(default=[], description="of the only stage")
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -78,7 +78,7 @@ class RunConfig(Section):
         description="also train the same student, from the same weights on the same data, without teacher",
     )
     baseline_epochs: float | None = Field(
-        default=None, gt=0, description="of the baseline on a task; None: as many as the last stage"
+        default=None, gt=0, description="of the baseline on a task; null: as many as the last stage"
     )
     allow_weak_teacher: bool = Field(
         default=False, description="go on where the teacher is no better than chance on the task"
@@ -106,7 +106,7 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        plain = self.model_dump(mode="json", exclude={"output", "allow_weak_teacher", *_PROSE})
+        plain = self.model_dump(mode="json", exclude={"output", "allow_weak_teacher", *PROSE})
         for section in (plain, *plain["stages"]):
             del section["data"]["cache_dir"]
         normal: dict[str, Any] = _with_normal_paths(plain)

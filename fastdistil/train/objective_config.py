@@ -35,7 +35,9 @@ class VocabularyConfig(Section):
     temperature: float = Field(
         default=2.0, gt=0, description="T, of both distributions of the distillation term"
     )
-    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = Field(
+        default="forward_kl", description="KL(teacher || student), KL(student || teacher) or Jensen-Shannon"
+    )
     jsd_beta: float = Field(
         default=0.5, gt=0, lt=1, description="share of the teacher in the mixture of 'jsd'"
     )
@@ -44,7 +46,7 @@ class VocabularyConfig(Section):
         description="where the distillation term acts: the masked tokens, or all but padding",
     )
     chunk_size: int | None = Field(
-        default=None, ge=1, description="rows of logits at once; None: by cache size"
+        default=None, ge=1, description="rows of logits at once; null: by cache size"
     )
 
     @property
@@ -66,7 +68,7 @@ class CosineConfig(Section):
     """`weight * (1 - cos(student, teacher))` of the last hidden states, over all tokens but padding."""
 
     name: Literal["cosine"] = "cosine"
-    weight: float = Field(default=1.0, ge=0)
+    weight: float = Field(default=1.0, ge=0, description="of the objective")
 
     def formula(self) -> str:
         return f"{self.weight:g} · (1 − cos) of the last hidden states [mean over {_TOKENS}]"
@@ -119,7 +121,7 @@ class NextSentenceConfig(Section):
     """`weight` times the cross-entropy of whether the second segment follows the first."""
 
     name: Literal["next_sentence"] = "next_sentence"
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, description="of the objective")
 
     def formula(self) -> str:
         return f"{self.weight:g} · CE of next-sentence prediction [mean over sequences]"
@@ -129,12 +131,12 @@ class RelationsConfig(Section):
     """KL of the Q-Q, K-K and V-V relations of one layer of each model; a weight of 0 leaves one out."""
 
     name: Literal["relations"] = "relations"
-    query_weight: float = Field(default=1.0, ge=0)
-    key_weight: float = Field(default=1.0, ge=0)
-    value_weight: float = Field(default=1.0, ge=0)
+    query_weight: float = Field(default=1.0, ge=0, description="of the Q-Q relations")
+    key_weight: float = Field(default=1.0, ge=0, description="of the K-K relations")
+    value_weight: float = Field(default=1.0, ge=0, description="of the V-V relations")
     num_heads: int = Field(default=48, ge=1, description="relation heads; must divide both models' widths")
-    teacher_layer: int | None = Field(default=None, description="0-based; None: the last")
-    student_layer: int | None = Field(default=None, description="0-based; None: the last")
+    teacher_layer: int | None = Field(default=None, description="0-based; null: the last")
+    student_layer: int | None = Field(default=None, description="0-based; null: the last")
 
     def formula(self) -> str:
         weights = {"Q-Q": self.query_weight, "K-K": self.key_weight, "V-V": self.value_weight}
@@ -156,7 +158,7 @@ class AttentionTransferConfig(Section):
     distance: Literal["mse", "kl"] = Field(
         default="mse", description="MSE of the raw scores, or KL(teacher || student) of the distributions"
     )
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, description="of the objective")
     layers: LayerMapping = Field(
         default="uniform", description="uniform, skip, last, first, or pairs of [student, teacher] layers"
     )
@@ -173,13 +175,13 @@ class HiddenConfig(Section):
     """`weight` times the sum or the mean over layer pairs of the mean squared error of their outputs."""
 
     name: Literal["hidden"] = "hidden"
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, description="of the objective")
     layers: LayerMapping = Field(
         default="uniform", description="uniform, skip, last, first, or pairs of [student, teacher] layers"
     )
     projection: bool | None = Field(
         default=None,
-        description="learn one linear map from the student's width to the teacher's; None: where they differ",
+        description="learn one linear map from the student's width to the teacher's; null: where they differ",
     )
     normalize: bool = Field(default=False, description="divide both states by their L2 norm")
     tokens: Literal["all", "first"] = Field(
@@ -221,10 +223,10 @@ class EmbeddingsConfig(Section):
     """`weight` times the mean squared error of what enters the first layer."""
 
     name: Literal["embeddings"] = "embeddings"
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, description="of the objective")
     projection: bool | None = Field(
         default=None,
-        description="learn a linear map from the student's width to the teacher's; None: where they differ",
+        description="learn a linear map from the student's width to the teacher's; null: where they differ",
     )
     share_projection: bool = Field(
         default=False, description="use the projection of objective `hidden` instead of one of its own"

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from fastdistil.data.batches import BatchSource
 from fastdistil.data.noise import permutation
-from fastdistil.data.task_batches import TaskBatches
+from fastdistil.data.task_batches import TaskBatches, epoch_batches
 from fastdistil.data.task_encoding import EncodedTask, encode
 from fastdistil.data.tasks import Examples, Task, read_examples
 from fastdistil.train.augment import augmented
@@ -30,6 +30,13 @@ class TaskExamples:
 
     def steps(self, loop: LoopConfig) -> int:
         return count_steps(len(self.data), loop)
+
+    def read(self, loop: LoopConfig, seed: int) -> np.ndarray:
+        """(M,) int64 in ascending order, the examples that a run of that length reads."""
+        steps = self.steps(loop)
+        if steps >= self.steps_per_epoch(loop):
+            return np.arange(len(self.data))
+        return np.sort(np.concatenate(epoch_batches(self.data.lengths, loop.batch_size, seed, 0)[:steps]))
 
     def batches(self, loop: LoopConfig, seed: int, accelerator: Accelerator) -> BatchSource:
         return TaskBatches(

@@ -37,25 +37,25 @@ CopiedLayers = Annotated[list[int] | Literal["first", "spread"] | None, PlainVal
 
 
 class StudentConfig(Section):
-    """The model that is trained. Sizes left at None are the teacher's."""
+    """The model that is trained. Sizes left at null are the teacher's."""
 
     from_model: str | None = Field(
         default=None,
-        description="folder or hub id whose weights the student starts from; None: the teacher. It is taken "
+        description="folder or hub id whose weights the student starts from; null: the teacher. It is taken "
         "as it is, or cut where num_layers or teacher_layers is given",
     )
     architecture: Literal["same", "distilbert", "bilstm", "mobilebert"] | None = Field(
         default=None,
-        description="same: the family of what it starts from; None: distilbert for a BERT teacher on text, "
+        description="same: the family of what it starts from; null: distilbert for a BERT teacher on text, "
         "else same",
     )
     num_layers: int | None = Field(
-        default=None, ge=1, description="transformer layers; None: half of the teacher's"
+        default=None, ge=1, description="transformer layers; null: half of the teacher's"
     )
     teacher_layers: CopiedLayers = Field(
         default=None,
         description="0-based layers of the teacher (or of from_model) that the student's layers start from, "
-        "or which num_layers of them: the first, or spread evenly; None: spread, of a from_model all",
+        "or which num_layers of them: the first, or spread evenly; null: spread, of a from_model all",
     )
     hidden_size: int | None = Field(default=None, ge=1, description="width of the hidden states")
     num_attention_heads: int | None = Field(default=None, ge=1, description="attention heads a layer")
@@ -69,7 +69,7 @@ class StudentConfig(Section):
         default=None,
         ge=0,
         lt=1,
-        description="probability, hidden states and attention; None: as in the source's config",
+        description="probability, hidden states and attention; null: as in the source's config",
     )
 
 
@@ -101,7 +101,7 @@ class DataConfig(Section):
     document_column: str | None = Field(
         default=None,
         description="with sentence_pairs: column of such files whose equal consecutive values make one "
-        "document of several rows; None: each row is one",
+        "document of several rows; null: each row is one",
     )
     short_probability: float = Field(
         default=0.1, ge=0, le=1, description="with sentence_pairs: share of pairs of a random shorter length"
@@ -110,28 +110,28 @@ class DataConfig(Section):
     streaming: bool = Field(
         default=False, description="read a `datasets` name as a stream instead of downloading it"
     )
-    validation: str | None = Field(default=None, description="held-out corpus; None: a share of `corpus`")
+    validation: str | None = Field(default=None, description="held-out corpus; null: a share of `corpus`")
     validation_split: str = Field(
         default="validation", description="split of `validation`, where it is a folder or a `datasets` name"
     )
     max_validation_sequences: int | None = Field(
-        default=None, ge=1, description="stop reading `validation` here; None: read all"
+        default=None, ge=1, description="stop reading `validation` here; null: read all"
     )
     validation_fraction: float = Field(
         default=0.01, gt=0, lt=1, description="share of the documents held out"
     )
     max_length: int = Field(default=128, ge=8, description="tokens a sequence, with [CLS] and [SEP]")
     max_sequences: int | None = Field(
-        default=None, ge=1, description="stop reading the corpus here; None: read all"
+        default=None, ge=1, description="stop reading the corpus here; null: read all"
     )
-    tokenizer: str | None = Field(default=None, description="folder or hub id; None: the teacher's")
+    tokenizer: str | None = Field(default=None, description="folder or hub id; null: the teacher's")
     vocab_size: int | None = Field(
         default=None,
         ge=64,
         description="train a WordPiece vocabulary of this many entries on the corpus instead",
     )
     cache_dir: Path | None = Field(
-        default=None, description="where token stores are kept; None: ~/.cache/fastdistil"
+        default=None, description="where token stores are kept; null: ~/.cache/fastdistil"
     )
 
 
@@ -150,11 +150,11 @@ class AugmentConfig(Section):
     masked_lm: str | None = Field(
         default=None,
         description="tinybert: folder or hub id of the masked language model that proposes candidates for "
-        "words of one piece; None: word vectors for all words",
+        "words of one piece; null: word vectors for all words",
     )
     vectors: str | None = Field(
         default=None,
-        description="tinybert: text file of word vectors (GloVe); None: the model's own word embeddings",
+        description="tinybert: text file of word vectors (GloVe); null: the model's own word embeddings",
     )
     mask_probability: float = Field(default=0.1, ge=0, le=1, description="bilstm: share of words masked")
     pos_probability: float = Field(
@@ -177,7 +177,7 @@ class TaskConfig(Section):
     """The task that teacher and student are trained for and scored on (`--task`, `--data`)."""
 
     name: str = Field(description="sst2, cola, mrpc, stsb, qqp, mnli, qnli, rte, wnli, imdb, squad, ...")
-    data: str | None = Field(default=None, description="folder of the task's files; None: the hub")
+    data: str | None = Field(default=None, description="folder of the task's files; null: the hub")
     max_length: int = Field(
         default=128,
         ge=8,
@@ -187,7 +187,7 @@ class TaskConfig(Section):
     max_examples: int | None = Field(
         default=None,
         ge=1,
-        description="use so many of the training examples, drawn once for all runs; None: all",
+        description="use so many of the training examples, drawn once for all runs; null: all",
     )
     validation_fraction: float | None = Field(
         default=None,
@@ -211,7 +211,7 @@ class MaskingConfig(Section):
     random: float = Field(default=0.1, ge=0, le=1, description="share shown as a random token")
     keep: float = Field(default=0.1, ge=0, le=1, description="share left as they are")
     smoothing: float | None = Field(
-        default=None, ge=0, description="tokens are picked with weight count^-smoothing; None: all alike"
+        default=None, ge=0, description="tokens are picked with weight count^-smoothing; null: all alike"
     )
     whole_word: bool = Field(default=False, description="pick all pieces of a word together")
 
@@ -228,11 +228,11 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     """AdamW (Loshchilov and Hutter 2019) or Adadelta (Zeiler 2012)."""
 
-    name: Literal["adamw", "adadelta"] = "adamw"
+    name: Literal["adamw", "adadelta"] = Field(default="adamw", description="which of them")
     lr: float = Field(default=5e-4, gt=0, description="peak learning rate")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.98), description="of AdamW")
     rho: float = Field(default=0.95, gt=0, lt=1, description="of Adadelta")
-    eps: float = Field(default=1e-6, gt=0)
+    eps: float = Field(default=1e-6, gt=0, description="added to what a step is divided by")
     weight_decay: float = Field(default=0.0, ge=0, description="not applied to biases and norms")
     max_grad_norm: float = Field(default=5.0, gt=0, description="gradients are clipped to this L2 norm")
 
@@ -255,16 +255,16 @@ class LoopConfig(Section):
     micro_batch_size: int | None = Field(
         default=None,
         ge=1,
-        description="sequences a forward pass of one process; None: all at once. On a task: task.max_tokens",
+        description="sequences a forward pass of one process; null: all at once. On a task: task.max_tokens",
     )
     eval_every: int | None = Field(
-        default=None, ge=1, description="optimiser steps between held-out evaluations; None: an epoch"
+        default=None, ge=1, description="optimiser steps between held-out evaluations; null: an epoch"
     )
     eval_sequences: int = Field(
         default=512, ge=1, description="held-out sequences of an evaluation while training"
     )
     checkpoint_every: int | None = Field(
-        default=None, ge=1, description="optimiser steps between checkpoints; None: an epoch"
+        default=None, ge=1, description="optimiser steps between checkpoints; null: an epoch"
     )
     keep_checkpoints: int = Field(default=2, ge=1, description="newest checkpoints that are kept")
     log_every: int = Field(default=10, ge=1, description="optimiser steps between log lines")
@@ -302,7 +302,7 @@ class StageConfig(Section):
     reads: Literal["text", "task"] = Field(
         description="what it reads: data.corpus, or the examples of `task`"
     )
-    teacher: str | None = Field(default=None, description="folder or hub id; None: that of the run")
+    teacher: str | None = Field(default=None, description="folder or hub id; null: that of the run")
     layerwise: bool = Field(
         default=False,
         description="one layer after the other, from the first: only it is trained, by its pair of each "

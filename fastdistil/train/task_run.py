@@ -125,7 +125,7 @@ class TaskRun:
         evaluate: Callable[[Any, Sequence[Objective]], dict[str, float]]
         if stage.reads == "task":
             examples, evaluate = self.data.training(stage.augment), self._while_training
-            if teacher is not None and self._answers_suffice(stage, examples):
+            if teacher is not None and self._answers_suffice(stage):
                 examples = self._answered(stage, examples, teacher)
         else:
             text = self.text(stage.data)
@@ -143,15 +143,14 @@ class TaskRun:
             self._kind(stage),
         )
 
-    def _answers_suffice(self, stage: StageConfig, examples: TaskExamples) -> bool:
-        """Whether the teacher may be asked once for all epochs: logits and outputs at the first token are
-        all that is compared."""
+    def _answers_suffice(self, stage: StageConfig) -> bool:
+        """Whether the teacher may be asked once for all epochs, and for all runs that read the same examples:
+        logits and outputs at the first token are all that is compared."""
         few = all(
             objective.name == "prediction" or (objective.name == "hidden" and objective.tokens == "first")
             for objective in stage.objectives
         )
-        every_example = examples.steps(stage.run) >= examples.steps_per_epoch(stage.run)
-        return few and every_example and self.task.kind != "span"
+        return few and self.task.kind != "span"
 
     def _answered(self, stage: StageConfig, examples: TaskExamples, teacher: Any) -> TaskExamples:
         mappings = [objective.layers for objective in stage.objectives if objective.name == "hidden"]
@@ -162,6 +161,7 @@ class TaskRun:
                 teacher,
                 str(stage.teacher or self.config.teacher),
                 examples.data,
+                examples.read(stage.run, self.config.seed),
                 sorted({layer for _, layer in pairs}),
                 dtype=autocast_dtype(stage.run.teacher_precision),
                 cache_dir=self.config.data.cache_dir,

@@ -30,9 +30,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     numbers: list[int] = []
     original = fastdistil.train.answers._ask
 
-    def spy(teacher: Any, data: Any, *arguments: Any) -> None:
-        numbers.append(len(data))
-        original(teacher, data, *arguments)
+    def spy(teacher: Any, data: Any, examples: Any, *arguments: Any) -> None:
+        numbers.append(len(examples))
+        original(teacher, data, examples, *arguments)
 
     monkeypatch.setattr(fastdistil.train.answers, "_ask", spy)
     return numbers
@@ -64,6 +64,39 @@ def test_a_teacher_is_asked_once_for_all_epochs_and_runs(
 
     monkeypatch.setattr(fastdistil.train.task_run.TaskRun, "_answers_suffice", lambda *arguments: False)
     each = run(on_task(recipe, *keys, output=tmp_path / "each"))
+    ours, theirs = (load_file(r.output / "student" / "model.safetensors") for r in (once, each))
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_of_a_part_of_an_epoch_only_what_is_read_is_asked(on_task, asked, monkeypatch, tmp_path, phases):
+    """Once for all runs that read the same; and the student learns what it does from one asked each time."""
+    keys = (
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "student.dropout=0",
+        "optimizer.eps=0.01",
+        "baseline=false",
+    )
+    few = (*keys, "run.steps=3", "run.batch_size=8")
+    with monkeypatch.context() as patch:
+        patch.setattr(fastdistil.train.loop, "tap_teacher", None)
+        once = run(on_task("pkd", *few, output=tmp_path / "once"))
+        batches = phases["student"]["batches"]
+        assert sum(len(batch.labels) for batch in batches) == 24
+        assert asked == [24]
+        teacher = AutoModelForSequenceClassification.from_pretrained(once.models[0].path).eval()
+        for batch in batches:
+            with torch.no_grad():
+                expected = teacher(**batch.inputs).logits
+            torch.testing.assert_close(batch.answers.logits, expected, rtol=1e-5, atol=1e-5)
+        run(on_task("pkd", *few, "optimizer.lr=1e-3", output=tmp_path / "another-lr"))
+        assert asked == [24]
+        run(on_task("pkd", *few, "seed=1", output=tmp_path / "another-order"))
+        run(on_task("pkd", *few, "run.steps=6", output=tmp_path / "whole"))
+        assert asked == [24, 24, 45]
+
+    monkeypatch.setattr(fastdistil.train.task_run.TaskRun, "_answers_suffice", lambda *arguments: False)
+    each = run(on_task("pkd", *few, output=tmp_path / "each"))
     ours, theirs = (load_file(r.output / "student" / "model.safetensors") for r in (once, each))
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -130,7 +163,8 @@ def test_the_options_of_a_choice_have_an_answer_each(make_tiny_bert, tmp_path):
     texts = [(f"a b c{'d' * i}", f"e{'f' * i}", "g", "h i", "j") for i in range(5)]
     data = encode(task, Examples(texts, np.arange(5) % 3), tokenizer, 32)
     silent: Any = SimpleNamespace(say=lambda line: None)
-    answers = ask_once(teacher, "tiny", data, (0, 3), dtype=None, cache_dir=tmp_path, log=silent)
+    some = np.array([1, 3, 4])
+    answers = ask_once(teacher, "tiny", data, some, (0, 3), dtype=None, cache_dir=tmp_path, log=silent)
     batch = read_task_batch(replace(data, answers=answers), np.array([4, 1]))
     with torch.no_grad():
         expected = teacher(**batch.inputs, output_hidden_states=True)
