@@ -25,6 +25,7 @@ import torch
 
 from fastdistil import __version__
 from fastdistil.compare.files import write_json
+from fastdistil.compare.memory import return_freed_memory
 from fastdistil.compare.steps import Chain, Step
 from fastdistil.compress.method import Calibration
 from fastdistil.data.noise import permutation
@@ -122,6 +123,7 @@ def run_chain(chain: Chain, context: ChainContext, seed: int = 0, *, train: bool
             context.say(f"{part.name}: {step} from {source}")
             start = time.monotonic()
             made = _make(step, source, folder, context, seed, train=train, first=count == 1)
+            return_freed_memory()
             elapsed = time.monotonic() - start
             record = {"chain": part.name, "seconds": elapsed, "notes": made, "steps": _identities(part)}
             write_json(folder / RECORD, record)
