@@ -1,5 +1,6 @@
 """`compress`, `compare` and `export` on the command line: what they make, and one line for what is wrong."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -144,11 +145,14 @@ def test_a_comparison_of_which_nothing_could_be_made_fails(
         "prune-layers:99",
         "--output",
         str(output),
+        "--rounds",
+        "1",
     ]
     assert main(["compare", str(finetuned("sst2")), *arguments]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert "no method could be made: prune-layers:99: prune-layers: num_layers is 99" in last
     assert (output / "report.html").is_file()
+    assert json.loads((output / "timings.json").read_text())["key"]["rounds"] == 1
 
 
 def test_an_unknown_format_is_one_line(

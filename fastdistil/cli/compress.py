@@ -117,6 +117,12 @@ def compare(
         typer.Option(help="Methods and chains, with commas between; default: one of each, and chains."),
     ] = None,
     seeds: Annotated[int, typer.Option(help="Of each method that trains.", min=1)] = 1,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the timing, each three passes of every model; default 10, of quickstart 5.", min=1
+        ),
+    ] = None,
     allow_weak_teacher: AllowWeakTeacher = False,
     overrides: ChainOverrides = None,
     debug: Debug = False,
@@ -136,7 +142,7 @@ def compare(
             from fastdistil.compare.quickstart import compare_quickstart
 
             folder = output or Path("runs/compare-quickstart")
-            _require_any(compare_quickstart(folder, names, overrides or (), seeds=seeds))
+            _require_any(compare_quickstart(folder, names, overrides or (), seeds=seeds, rounds=rounds))
             return
         if task is None:
             raise UserError("compare needs --task NAME (sst2, mrpc, ...), or the teacher `quickstart`")
@@ -154,6 +160,8 @@ def compare(
             allow_weak_teacher=allow_weak_teacher,
             overrides=overrides or [],
         )
+        if rounds is not None:
+            config = config.model_copy(update={"rounds": rounds})
         _require_any(run_comparison(config))
 
 

@@ -66,19 +66,29 @@ _ROUNDS = 5
 
 
 def compare_quickstart(
-    output: Path, methods: Sequence[str] | None = None, overrides: Sequence[str] = (), *, seeds: int = 1
+    output: Path,
+    methods: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    seeds: int = 1,
+    rounds: int | None = None,
 ) -> Comparison:
     """Make the teacher, unless it is there, and compare `methods` (default `METHODS`) on it.
 
     Raises what `compare` does, and UserError where OUTPUT-teacher holds something else.
     """
-    config = quickstart_config(output, methods, overrides, seeds=seeds)
+    config = quickstart_config(output, methods, overrides, seeds=seeds, rounds=rounds)
     make_teacher(_teacher_folder(config.output))
     return compare(config)
 
 
 def quickstart_config(
-    output: Path, methods: Sequence[str] | None = None, overrides: Sequence[str] = (), *, seeds: int = 1
+    output: Path,
+    methods: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    seeds: int = 1,
+    rounds: int | None = None,
 ) -> CompareConfig:
     """What the comparison is of. The user's `overrides` go after the quickstart's own."""
     output = output.expanduser()
@@ -92,7 +102,7 @@ def quickstart_config(
         output=output,
         seeds=seeds,
         overrides=[*budget, *overrides],
-        rounds=_ROUNDS,
+        rounds=rounds or _ROUNDS,
     )
 
 

@@ -45,6 +45,9 @@ def test_the_teacher_is_made_beside_the_comparison(monkeypatch, tmp_path):
     assert calls[1].output == tmp_path / "quick"
     assert calls[1].methods == list(METHODS)
     assert calls[1].seeds == 2
+    assert calls[1].rounds == 5
+    compare_quickstart(tmp_path / "quick", rounds=2)
+    assert calls[3].rounds == 2
 
 
 @pytest.mark.parametrize("output", [".", "..", "inner/.."])
