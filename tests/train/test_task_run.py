@@ -23,6 +23,7 @@ from transformers import (
     BertModel,
 )
 
+import fastdistil.train.answers
 import fastdistil.train.loop
 import fastdistil.train.task_run
 from fastdistil.cli import main
@@ -414,9 +415,13 @@ def test_a_teacher_without_a_head_is_sent_to_finetune(command, task_encoder, cap
     assert not (tmp_path / "run").exists()
 
 
-def test_the_teacher_teaches_in_eval_mode_what_it_says_without_dropout(on_task, monkeypatch):
+@pytest.mark.parametrize("beforehand", [True, False])
+def test_the_teacher_teaches_in_eval_mode_what_it_says_without_dropout(
+    on_task, monkeypatch, tmp_path, beforehand
+):
     taught: list[tuple[Any, torch.Tensor]] = []
-    original = fastdistil.train.loop.tap_teacher
+    asking = fastdistil.train.answers if beforehand else fastdistil.train.loop
+    original = asking.tap_teacher
 
     def spy(model: Any, inputs: Any, *arguments: Any, **keywords: Any) -> Any:
         assert not model.training
@@ -425,11 +430,12 @@ def test_the_teacher_teaches_in_eval_mode_what_it_says_without_dropout(on_task, 
         taught.append((inputs, taps.logits.clone()))
         return taps
 
-    monkeypatch.setattr(fastdistil.train.loop, "tap_teacher", spy)
-    config = on_task("kd", "run.steps=2", "baseline=false")
+    monkeypatch.setattr(asking, "tap_teacher", spy)
+    monkeypatch.setattr(fastdistil.train.task_run.TaskRun, "_answers_suffice", lambda *arguments: beforehand)
+    config = on_task("kd", "run.steps=2", "baseline=false", f"data.cache_dir={tmp_path / 'cache'}")
     before = (Path(config.teacher) / "model.safetensors").read_bytes()
     run(config)
-    assert len(taught) == 2
+    assert len(taught) == (1 if beforehand else 2)
     teacher = AutoModelForSequenceClassification.from_pretrained(config.teacher)
     assert teacher.config.hidden_dropout_prob == 0.1
     for inputs, logits in taught:
