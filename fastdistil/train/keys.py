@@ -53,9 +53,7 @@ def _sections(section: type[Section], prefix: str) -> Iterator[KeyGroup]:
 
 def _group(name: str, description: str | None, fields: dict[str, FieldInfo]) -> KeyGroup:
     keys = [Key(name, _described(field)) for name, field in fields.items()]
-    # Without pydantic's words for a section that has none of its own.
-    text = "" if description == Section.__doc__ else " ".join((description or "").split())
-    return KeyGroup(name, text, keys)
+    return KeyGroup(name, " ".join((description or "").split()), keys)
 
 
 def _own(section: type[Section], *left_out: str) -> dict[str, FieldInfo]:
