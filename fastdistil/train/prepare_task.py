@@ -31,7 +31,7 @@ class TaskExamples:
     def steps(self, loop: LoopConfig) -> int:
         return count_steps(len(self.data), loop)
 
-    def read(self, loop: LoopConfig, seed: int) -> np.ndarray:
+    def rows_read(self, loop: LoopConfig, seed: int) -> np.ndarray:
         """(M,) int64 in ascending order, the examples that a run of that length reads."""
         steps = self.steps(loop)
         if steps >= self.steps_per_epoch(loop):

@@ -161,7 +161,7 @@ class TaskRun:
                 teacher,
                 str(stage.teacher or self.config.teacher),
                 examples.data,
-                examples.read(stage.run, self.config.seed),
+                examples.rows_read(stage.run, self.config.seed),
                 sorted({layer for _, layer in pairs}),
                 dtype=autocast_dtype(stage.run.teacher_precision),
                 cache_dir=self.config.data.cache_dir,
