@@ -38,13 +38,21 @@ def describe_machine() -> dict[str, str]:
     return labels
 
 
-def processor_name() -> str:
+def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Its name, and on x86 family and model, which tell its generation: a virtual machine calls all of them,
+    of which one may be twice as fast as another, by the same name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    fields: dict[str, str] = {}
+    for line in lines:
+        label, _, value = line.partition(":")
+        fields.setdefault(label.strip(), value.strip())
+    name = fields.get("model name") or platform.machine()
+    if {"cpu family", "model"} <= fields.keys():
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 def usable_cpus() -> int:

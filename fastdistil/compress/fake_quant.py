@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastdistil.compress.int4_blocks import dequantize_blocks, quantize_blocks
 from fastdistil.compress.int8_modules import quantize, row_scale
 from fastdistil.compress.replacements import drop, replace, replacement, replacements
 
@@ -18,8 +19,8 @@ _UINT8_MAX = 255
 
 # What shares one scale. "row": a token's activations, a row of a table, as in `int8_modules`. "tensor": the
 # activations of a forward pass, the whole table, in uint8 with a zero point, as in ONNX Runtime. Both
-# have one for each row of a weight.
-Scales = Literal["row", "tensor"]
+# have one for each row of a weight. "block": of a table with 4 bits, as in `int4_blocks`.
+Scales = Literal["row", "tensor", "block"]
 
 
 def fake_quantize_rows(x: Tensor) -> Tensor:
@@ -43,6 +44,13 @@ def fake_quantize_tensor(x: Tensor, whole: Tensor | None = None) -> Tensor:
         zero = (-low / scale).round()
         levels = ((x / scale).round() + zero).clamp(0, _UINT8_MAX)
         coded = ((levels - zero) * scale).to(x.dtype)
+    return _straight_through(x, coded)
+
+
+def fake_quantize_blocks(x: Tensor) -> Tensor:
+    """What the 4-bit form of each row stands for; its gradient is that of `x`."""
+    with torch.no_grad():
+        coded = dequantize_blocks(*quantize_blocks(x)).to(x.dtype)
     return _straight_through(x, coded)
 
 
@@ -74,7 +82,7 @@ class FakeInt8Linear(nn.Linear):
 
 
 class FakeInt8Embedding(nn.Embedding):
-    """`nn.Embedding` over the table of another, its values rounded to int8."""
+    """`nn.Embedding` over the table of another, its values rounded to int8, or with "block" to 4 bits."""
 
     def __init__(self, embedding: nn.Embedding, scales: Scales) -> None:
         rows, width = embedding.weight.shape
@@ -85,7 +93,9 @@ class FakeInt8Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = F.embedding(ids, self.weight, self.padding_idx)
-        return fake_quantize_rows(rows) if self.scales == "row" else fake_quantize_tensor(rows, self.weight)
+        if self.scales == "tensor":
+            return fake_quantize_tensor(rows, self.weight)
+        return fake_quantize_rows(rows) if self.scales == "row" else fake_quantize_blocks(rows)
 
     def float_module(self) -> nn.Embedding:
         rows, width = self.weight.shape

@@ -1,7 +1,7 @@
 """int8, bfloat16 and ONNX Runtime as steps of a chain."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from fastdistil.compress.encoded import densify
 from fastdistil.compress.fake_quant import add_fake_quantisation, remove_fake_quantisation
+from fastdistil.compress.int4_blocks import check_pairs
 from fastdistil.compress.method import Calibration, Method
 from fastdistil.compress.outliers import separate_outliers
 from fastdistil.compress.quantize_choice import fastest
@@ -62,6 +63,9 @@ class Int8QatOptions(Section):
         default="onnxruntime", description="whose rounding is learnt, and what the int8 model then runs on"
     )
     embeddings: bool = Field(default=True, description="whether the embedding tables are int8, too")
+    embedding_bits: EmbeddingBits = Field(
+        default=8, description=f"{_EMBEDDING_BITS}; with backend onnxruntime alone"
+    )
 
 
 class OnnxOptions(Section):
@@ -120,11 +124,16 @@ def apply_qat(model: Any, options: Int8QatOptions, calibration: Calibration | No
     """
     model = _float_model(model, "int8-qat")
     if options.backend == "torchao":
+        _require_eight_bits(options)
         paths = layers_to_quantize(model, embeddings=options.embeddings)
         return add_fake_quantisation(model, paths, "row")
     _require_embeddings(options)
     # ONNX Runtime leaves none in float, however small.
     paths = layers_to_quantize(model, embeddings=True, fewest_rows=1)
+    if options.embedding_bits == 4:
+        table = _four_bit_table(model, paths)
+        paths.remove(table)
+        model = add_fake_quantisation(model, [table], "block")
     return add_fake_quantisation(model, paths, "tensor")
 
 
@@ -133,7 +142,7 @@ def finish_qat(model: Any, options: Int8QatOptions) -> Any:
     paths = remove_fake_quantisation(model)
     if options.backend == "torchao":
         return quantize_layers(model, paths)
-    return int8_onnx_model(model.eval(), "dynamic")
+    return int8_onnx_model(model.eval(), "dynamic", embedding_bits=options.embedding_bits)
 
 
 def apply_embeddings(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:
@@ -176,6 +185,16 @@ def apply_onnx_int8(model: Any, options: OnnxInt8Options, calibration: Calibrati
     return _onnxruntime(model, Int8Options(**options.model_dump()), "dynamic", calibration)
 
 
+def apply_onnx_int8_qat(model: Any, options: OnnxInt8Options, calibration: Calibration | None) -> Any:
+    """`apply_qat` with backend "onnxruntime"."""
+    model = _float_model(model, "onnx-int8-qat")
+    return apply_qat(model, Int8QatOptions(**options.model_dump()), calibration)
+
+
+def finish_onnx_int8_qat(model: Any, options: OnnxInt8Options) -> Any:
+    return finish_qat(model, Int8QatOptions(**options.model_dump()))
+
+
 def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWEST_ROWS) -> list[str]:
     """Paths of the linear layers, and of the embedding tables if wanted; one of each layer that is shared.
 
@@ -197,6 +216,16 @@ def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWE
     if not paths:
         raise UserError(f"{type(model).__name__} has no layer that int8 would make smaller")
     return paths
+
+
+def _four_bit_table(model: Any, paths: Sequence[str]) -> str:
+    """The path of the largest embedding table among `paths`; `UserError` if it cannot have 4 bits."""
+    tables = [path for path in paths if isinstance(model.get_submodule(path), nn.Embedding)]
+    if not tables:
+        raise UserError("embedding_bits: 4 is for an embedding table of its own, and the model has none")
+    table = max(tables, key=lambda path: model.get_submodule(path).weight.numel())
+    check_pairs(model.get_submodule(table).embedding_dim)
+    return table
 
 
 def _float_model(model: Any, method: str) -> Any:
@@ -243,9 +272,13 @@ def _require_embeddings(options: Int8Options | Int8QatOptions) -> None:
         raise UserError("embeddings: false is for the backend torchao; with onnxruntime they are int8")
 
 
-def _torchao(model: Any, options: Int8Options, calibration: Calibration | None, *, static: bool) -> Any:
+def _require_eight_bits(options: Int8Options | Int8QatOptions) -> None:
     if options.embedding_bits != 8:
         raise UserError("embedding_bits: 4 is for the backend onnxruntime; with torchao they are int8")
+
+
+def _torchao(model: Any, options: Int8Options, calibration: Calibration | None, *, static: bool) -> Any:
+    _require_eight_bits(options)
     model = _prepared(model, options, calibration)
     paths = layers_to_quantize(model, embeddings=options.embeddings)
     if not static:
@@ -317,5 +350,14 @@ METHODS = (
         apply_onnx_int8,
         main="embedding_bits",
         ends=True,
+    ),
+    _method(
+        "onnx-int8-qat",
+        "train under the rounding of ONNX Runtime's int8, then quantise to it; the same as int8-qat",
+        OnnxInt8Options,
+        apply_onnx_int8_qat,
+        main="embedding_bits",
+        finish=finish_onnx_int8_qat,
+        recovers=True,
     ),
 )

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
+from fastdistil.compress.int4_blocks import BLOCK, check_pairs, quantize_blocks
 from fastdistil.errors import UserError
 from fastdistil.export.folder import copy_tokenizer, new_folder, read_exported, write_exported
 from fastdistil.export.quiet import quiet
@@ -24,9 +26,6 @@ from fastdistil.export.verify import verify
 from fastdistil.models.load import load_tokenizer
 
 _OPERATORS = ["MatMul", "Gather"]
-# Entries of a row that share a scale, in half precision: 4.5 bits an entry. Blocks of 64 with scales in
-# single precision take as many, and round an eighth more coarsely.
-_BLOCK = 32
 _ZERO = 8  # what an entry of 0 is stored as: the operator's default
 
 
@@ -123,10 +122,7 @@ def _four_bit_table(proto: Any) -> None:
     if not tables:
         raise UserError("embedding_bits: 4 is for an embedding table of its own, and the model has none")
     table = max(tables, key=lambda table: table.dims[0] * table.dims[1])
-    if table.dims[1] % 2:
-        raise UserError(
-            f"embedding_bits: 4 packs entries in pairs, and the rows have {table.dims[1]}: take 8"
-        )
+    check_pairs(table.dims[1])
     packed, scales = pack_rows(numpy_helper.to_array(table))
     name = table.name
     graph.initializer.remove(table)
@@ -143,7 +139,7 @@ def _four_bit_table(proto: Any) -> None:
             domain="com.microsoft",
             gather_axis=0,
             quantize_axis=1,
-            block_size=_BLOCK,
+            block_size=BLOCK,
             bits=4,
         )
         cast = helper.make_node("Cast", [halves], [rows], f"{node.name}_cast", to=TensorProto.FLOAT)
@@ -165,25 +161,10 @@ def _is_lookup(node: Any, table: str) -> bool:
 def pack_rows(
     table: np.ndarray,  # (V, D) float32, D even
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(V, D / 2) uint8, the first of each pair of entries in the low half, and (V, D / block) float16 scales.
-
-    Entries are scale * q with q from -8 to 7. The scale's sign puts the side of a block that reaches further
-    from 0 on the -8; it is the smallest that needs no clipping, so that an entry is off by at most half of it
-    (and by the scale's own rounding).
-    """
-    V, D = table.shape
-    blocks = -(-D // _BLOCK)
-    padded = np.zeros((V, blocks * _BLOCK), np.float32)
-    padded[:, :D] = table
-    padded = padded.reshape(V, blocks, _BLOCK)
-    below, above = -padded.min(2), padded.max(2)
-    far, near = np.maximum(below, above), np.minimum(below, above)
-    scales = np.where(below >= above, 1, -1) * np.maximum(far / 8, near / 7)
-    scales = scales.astype(np.float16)
-    scales[scales == 0] = 1
-    steps = np.rint(padded / scales.astype(np.float32)[..., None]).clip(-8, 7)
-    stored = (steps + _ZERO).astype(np.uint8).reshape(V, -1)[:, :D]
-    return stored[:, 0::2] | stored[:, 1::2] << 4, scales
+    """(V, D / 2) uint8, of each pair of entries the first in the low half, and (V, D / block) float16."""
+    steps, scales = quantize_blocks(torch.from_numpy(table))
+    stored = (steps.numpy() + _ZERO).astype(np.uint8)
+    return stored[:, 0::2] | stored[:, 1::2] << 4, scales.numpy()
 
 
 class _Calibration:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fastdistil
-from fastdistil.compare.machine import describe_machine, memory_bytes, usable_cpus
+from fastdistil.compare.machine import describe_machine, memory_bytes, processor_name, usable_cpus
 
 
 def test_labels_name_versions_and_date():
@@ -26,6 +26,20 @@ def test_cores_are_those_that_may_be_used():
     labels = describe_machine()
     assert labels["cores"].startswith(f"{usable_cpus()} (")
     assert 1 <= usable_cpus() <= os.cpu_count()
+
+
+def test_generations_of_processors_with_one_name_are_told_apart(tmp_path):
+    file = tmp_path / "cpuinfo"
+    lines = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+    file.write_text(lines + "\n" + lines.replace("17", "99"))
+    assert processor_name(file) == "AMD EPYC (family 25, model 17)"
+
+
+def test_a_processor_without_name_and_family(tmp_path):
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nBogoMIPS\t: 243.75\nCPU part\t: 0xd40\n")
+    assert processor_name(file) == platform.machine()
+    assert processor_name(tmp_path / "nothing") == (platform.processor() or platform.machine())
 
 
 def test_labels_give_away_neither_folders_nor_the_hosts_name():

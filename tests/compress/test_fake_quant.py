@@ -12,6 +12,7 @@ from fastdistil.compress.fake_quant import (
     FakeInt8Embedding,
     FakeInt8Linear,
     add_fake_quantisation,
+    fake_quantize_blocks,
     fake_quantize_rows,
     fake_quantize_tensor,
     remove_fake_quantisation,
@@ -44,17 +45,29 @@ def test_a_tensor_is_rounded_to_255ths_of_its_range_with_zero() -> None:
     )
 
 
+def test_a_block_is_rounded_to_sixteen_levels() -> None:
+    """-8 is the end that reaches further from zero; a row of 40 has a block of 32 and one of 8."""
+    x = torch.zeros(40)
+    x[:4] = torch.tensor([-4.0, 3.4, 0.3, 0.2])
+    x[32:35] = torch.tensor([16.0, -13.1, 2.9])
+    expected = torch.zeros(40)
+    expected[:4] = torch.tensor([-4.0, 3.5, 0.5, 0.0])
+    expected[32:35] = torch.tensor([16.0, -14.0, 2.0])
+    assert torch.equal(fake_quantize_blocks(x), expected)
+    assert torch.equal(fake_quantize_blocks(-x), -expected)
+
+
 def test_a_part_is_rounded_by_the_range_of_the_whole() -> None:
     table = _values(20, 6)
     assert torch.equal(fake_quantize_tensor(table[3:5], table), fake_quantize_tensor(table)[3:5])
 
 
-@pytest.mark.parametrize("fake", [fake_quantize_rows, fake_quantize_tensor])
+@pytest.mark.parametrize("fake", [fake_quantize_rows, fake_quantize_tensor, fake_quantize_blocks])
 def test_zeros_stay_zeros(fake: Callable[[Tensor], Tensor]) -> None:
     assert torch.equal(fake(torch.zeros(2, 3)), torch.zeros(2, 3))
 
 
-@pytest.mark.parametrize("fake", [fake_quantize_rows, fake_quantize_tensor])
+@pytest.mark.parametrize("fake", [fake_quantize_rows, fake_quantize_tensor, fake_quantize_blocks])
 def test_gradient_passes_the_rounding(fake: Callable[[Tensor], Tensor]) -> None:
     x, upstream = _values(4, 7).requires_grad_(), _values(4, 7) + 2
     (fake(x) * upstream).sum().backward()
@@ -102,15 +115,28 @@ def test_a_model_in_training_reloads_to_the_last_bit(tiny_bert: Any, reload_equa
     assert isinstance(loaded.bert.pooler.dense, FakeInt8Linear)
 
 
-@pytest.mark.parametrize("backend", ["torchao", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend", "bits"),
+    [
+        ("torchao", 8),
+        pytest.param("onnxruntime", 8, marks=pytest.mark.slow),
+        pytest.param("onnxruntime", 4, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
 def test_the_int8_model_computes_what_was_learnt(
-    backend: Any, family: str, build: Any, save: Callable[..., Path], run: Run, calibration: Calibration
+    backend: Any,
+    bits: Any,
+    family: str,
+    build: Any,
+    save: Callable[..., Path],
+    run: Run,
+    calibration: Calibration,
 ) -> None:
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
-    options, model = Int8QatOptions(backend=backend), load(save(build(family)))
+    options, model = Int8QatOptions(backend=backend, embedding_bits=bits), load(save(build(family)))
     untrained = run(model)
     model = apply_qat(model, options, calibration)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from fastdistil.compress import quantize_choice
 from fastdistil.compress.method import Calibration, Method
-from fastdistil.compress.quantize import METHODS, Int8Options, NoOptions, apply_bf16
+from fastdistil.compress.quantize import METHODS, Int8Options, NoOptions, OnnxInt8Options, apply_bf16
 from fastdistil.compress.quantize_choice import Measured, add_note, choose, fastest
+from fastdistil.compress.replacements import replacements
 from fastdistil.compress.store import load
 from fastdistil.errors import RunError, UserError
 from fastdistil.evaluate.cost import bytes_on_disk
@@ -231,9 +232,29 @@ def test_onnxruntime_has_no_float_embeddings(name: str, tiny_bert: Any) -> None:
         _apply(name, tiny_bert, backend="onnxruntime", embeddings=False)
 
 
-def test_torchao_has_no_four_bit_embeddings(tiny_bert: Any) -> None:
+@pytest.mark.parametrize("name", ["int8", "int8-qat"])
+def test_torchao_has_no_four_bit_embeddings(name: str, tiny_bert: Any) -> None:
     with pytest.raises(UserError, match="embedding_bits: 4 is for the backend onnxruntime"):
-        _apply("int8", tiny_bert, backend="torchao", embedding_bits=4)
+        _apply(name, tiny_bert, backend="torchao", embedding_bits=4)
+
+
+def test_what_cannot_have_four_bits_is_refused_before_it_is_trained(tiny_bert: Any, build: Any) -> None:
+    tiny_bert.set_input_embeddings(nn.Embedding(10_000, 7))
+    with pytest.raises(UserError, match="packs entries in pairs, and the rows have 7: take 8"):
+        BY_NAME["onnx-int8-qat"].apply(tiny_bert, OnnxInt8Options(embedding_bits=4), None)
+    model = build("bert")
+    for path in [path for path, module in model.named_modules() if isinstance(module, nn.Embedding)]:
+        model.set_submodule(path, nn.Identity())
+    with pytest.raises(UserError, match="embedding table of its own, and the model has none"):
+        BY_NAME["onnx-int8-qat"].apply(model, OnnxInt8Options(embedding_bits=4), None)
+
+
+def test_the_words_alone_are_trained_under_four_bits(tiny_bert: Any) -> None:
+    model = BY_NAME["onnx-int8-qat"].apply(tiny_bert, OnnxInt8Options(embedding_bits=4), None)
+    scales = {path: spec["scales"] for path, spec in replacements(model)}
+    assert scales.pop("bert.embeddings.word_embeddings") == "block"
+    assert "bert.embeddings.position_embeddings" in scales
+    assert {*scales.values()} == {"tensor"}
 
 
 def test_embeddings_have_four_or_eight_bits() -> None:
