@@ -5,12 +5,17 @@
 so that a score rises where a step makes its weight larger in magnitude. Top_v keeps the share v of each
 matrix.
 
+The paper's scores start from zero (`start: zero`): the first weights to go are those that the first steps
+happened to move, and it takes the paper's many epochs to mend that. A model that has learnt its task already
+is moved by little but noise. So by default they start from |W|, as in HYDRA (Sehwag et al. 2020, "scaled
+initialization") up to its factor: at first that is magnitude pruning, and training corrects it.
+
 The paper gives the scores a learning rate of their own (1e-2, weights 3e-5). Top_v only compares scores of
-one matrix with each other, and they start from zero, so a factor on all of them changes no mask: they are
-trained with the weights' learning rate, and without weight decay.
+one matrix with each other, so from zero a factor on all of them changes no mask, and from |W| they are of the
+size of the weights: they are trained with the weights' learning rate, and without weight decay.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +33,9 @@ class PruneMovementOptions(Section):
     embeddings: bool = Field(default=False, description="prune the embeddings, too")
     steps: int | None = Field(
         default=None, ge=1, description="optimiser steps of the recovery, in which the scores are learned"
+    )
+    start: Literal["zero", "magnitude"] = Field(
+        default="magnitude", description="of the scores: each weight's magnitude, or the paper's zero"
     )
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="share of the steps at the start without a mask"
@@ -49,15 +57,16 @@ def prune_movement(model: Any, options: PruneMovementOptions, calibration: Calib
     `finish` stores what the last scores leave, sparse.
 
     Raises:
-        UserError: no `steps`, in `finish` no training; a weight is pruned, clustered or quantised already,
-            there is none, or `embeddings` of a language model, whose output matrix they are.
+        UserError: no `steps`; in `finish` scores from zero that no training has changed; a weight is pruned,
+            clustered or quantised already, there is none, or `embeddings` of a language model, whose output
+            matrix they are.
     """
     if options.steps is None:
         raise UserError(f"{NAME} learns in the recovery which weights to keep: give it recovery steps")
     schedule = {"steps": options.steps, "warmup": options.warmup, "cooldown": options.cooldown}
     for path, module in weights_to_compress(model, NAME, embeddings=options.embeddings):
         zeros = count_zeros(module.weight.numel(), options.sparsity)
-        add_mask(model, path, {"rule": "movement", "zeros": zeros, **schedule})
+        add_mask(model, path, {"rule": "movement", "zeros": zeros, "start": options.start, **schedule})
     return model
 
 

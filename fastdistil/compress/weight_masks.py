@@ -128,12 +128,14 @@ class MovementMask(Mask):
     """Keeps the weights of largest score; scores are learned with the weights.
 
     Attributes:
-        scores: (n,) float32, one for each weight, from 0. One dimension: weight decay leaves them alone.
+        scores: (n,) float32, one for each weight, from 0 or its magnitude. One dimension: weight decay leaves
+            them alone.
     """
 
     def __init__(self, weight: Tensor, spec: dict[str, Any]) -> None:
         super().__init__(weight, spec)
-        self.scores = nn.Parameter(torch.zeros(weight.numel(), dtype=torch.float32, device=weight.device))
+        start = weight.detach().abs() if spec.get("start") == "magnitude" else torch.zeros_like(weight)
+        self.scores = nn.Parameter(start.flatten().float())
 
     def forward(self, weight: Tensor) -> Tensor:
         self._begin_step(self.scores, weight)

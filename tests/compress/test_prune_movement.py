@@ -44,7 +44,7 @@ def test_score_and_weight_have_the_gradients_of_the_paper(tiny_bert: Any) -> Non
 
 
 def test_one_step_keeps_the_weights_that_move_away_from_zero(tiny_bert: Any, calibration: Any) -> None:
-    options = PruneMovementOptions(sparsity=0.6, steps=1, warmup=0, cooldown=0.5)
+    options = PruneMovementOptions(sparsity=0.6, start="zero", steps=1, warmup=0, cooldown=0.5)
     model = METHOD.apply(tiny_bert, options, None)
     before = parameter_of(model.get_submodule(PATH)).detach().clone()
     train(model, calibration, 1, torch.optim.SGD(model.parameters(), lr=1e-3))
@@ -54,6 +54,31 @@ def test_one_step_keeps_the_weights_that_move_away_from_zero(tiny_bert: Any, cal
     assert int(kept.sum()) == round(0.4 * kept.numel())
     scale = movement.abs().max()
     assert movement[kept].min() > movement[~kept].max() - 1e-3 * scale  # the weights are float32, scores too
+
+
+def test_from_their_magnitudes_the_smallest_weights_go_first(tiny_bert: Any, calibration: Any) -> None:
+    options = PruneMovementOptions(sparsity=0.6, steps=10, warmup=0, cooldown=0.9)
+    model = METHOD.apply(tiny_bert, options, None)
+    before = parameter_of(model.get_submodule(PATH)).detach().abs().clone()
+    # Two steps: no mask after none, all of it after one, by scores that have moved by next to nothing.
+    train(model, calibration, 2, torch.optim.SGD(model.parameters(), lr=1e-9))
+    kept = model.get_submodule(PATH).weight != 0
+    assert int(kept.sum()) == round(0.4 * kept.numel())
+    assert before[kept].min() >= before[~kept].max()
+
+
+def test_a_score_from_a_magnitude_moves_as_one_from_zero(build: Callable[..., Any], calibration: Any) -> None:
+    moved = []
+    for start in ("zero", "magnitude"):
+        model = METHOD.apply(
+            build("bert"), PruneMovementOptions(start=start, steps=99, warmup=0.9, cooldown=0), None
+        )
+        scores = code_of(model.get_submodule(PATH)).scores
+        before = scores.detach().clone()
+        train(model, calibration, 3, torch.optim.SGD(model.parameters(), lr=0.1))
+        moved.append(scores.detach() - before)
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-7)
+    assert moved[0].abs().max() > 1e-4
 
 
 def test_the_sparsity_is_that_of_the_schedule(tiny_bert: Any, calibration: Any) -> None:
@@ -70,10 +95,12 @@ def test_the_sparsity_is_that_of_the_schedule(tiny_bert: Any, calibration: Any) 
     assert found == [round(final * (1 - (1 - r) ** 3)) for r in rise]
 
 
-def test_a_factor_on_the_scores_rate_changes_no_mask(build: Callable[..., Any], calibration: Any) -> None:
+def test_from_zero_a_factor_on_the_scores_rate_changes_no_mask(
+    build: Callable[..., Any], calibration: Any
+) -> None:
     masks = []
     for factor in (1, 256):  # a power of two, so that rounding is the same
-        model = METHOD.apply(build("bert"), PruneMovementOptions(steps=6), None)
+        model = METHOD.apply(build("bert"), PruneMovementOptions(start="zero", steps=6), None)
         scores = [p for name, p in model.named_parameters() if name.endswith("scores")]
         others = [p for name, p in model.named_parameters() if not name.endswith("scores")]
         groups = [{"params": others}, {"params": scores, "lr": 1e-2 * factor, "weight_decay": 0.0}]
@@ -130,14 +157,14 @@ def test_without_recovery_steps_it_is_refused(tiny_bert: Any) -> None:
 
 
 def test_finishing_what_was_not_trained_is_refused(tiny_bert: Any) -> None:
-    options = PruneMovementOptions(steps=3)
+    options = PruneMovementOptions(start="zero", steps=3)
     model = METHOD.apply(tiny_bert, options, None)
     with pytest.raises(UserError, match="the model was not trained"):
         METHOD.finish(model, options)
 
 
 def test_a_forward_pass_alone_is_no_training(tiny_bert: Any, run: Callable[[Any], Tensor]) -> None:
-    options = PruneMovementOptions(steps=3)
+    options = PruneMovementOptions(start="zero", steps=3)
     model = METHOD.apply(tiny_bert, options, None)
     run(model.train())
     with pytest.raises(UserError, match="the model was not trained"):
