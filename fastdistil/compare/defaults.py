@@ -24,5 +24,5 @@ DEFAULT_METHODS = (
     "kd+onnx-int8",
     "kd+prune-ffn:0.5+onnx-int8",
     "prune-layers+factorize-embeddings:128+onnx-int8",
-    "prune-layers+prune-heads:0.5+prune-ffn:0.5+factorize-embeddings:128+onnx-int8",
+    "kd+prune-heads:0.5+prune-ffn:0.75+onnx-int8-qat:4",
 )
