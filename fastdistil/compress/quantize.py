@@ -139,10 +139,12 @@ def apply_qat(model: Any, options: Int8QatOptions, calibration: Calibration | No
 
 def finish_qat(model: Any, options: Int8QatOptions) -> Any:
     """The int8 model of what `apply_qat` made, trained or not."""
+    learnt = copy.deepcopy(model).eval() if options.backend == "onnxruntime" else None
     paths = remove_fake_quantisation(model)
     if options.backend == "torchao":
         return quantize_layers(model, paths)
-    return int8_onnx_model(model.eval(), "dynamic", embedding_bits=options.embedding_bits)
+    bits = options.embedding_bits
+    return int8_onnx_model(model.eval(), "dynamic", embedding_bits=bits, reference=learnt)
 
 
 def apply_embeddings(model: Any, options: NoOptions, calibration: Calibration | None) -> Any:

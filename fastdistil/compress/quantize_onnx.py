@@ -31,15 +31,24 @@ def int8_onnx_model(
     batches: Sequence[Batch] | None = None,
     *,
     embedding_bits: Literal[4, 8] = 8,
+    reference: Any = None,
 ) -> Any:
-    """The same with int8 weights, activations and embeddings; see `fastdistil.export.onnx_int8`."""
+    """The same with int8 weights, activations and embeddings; the keywords are those of
+    `fastdistil.export.onnx_int8.quantize_onnx`."""
     from fastdistil.export.onnx_int8 import quantize_onnx
 
     def write(folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="fastdistil-float-") as temporary:
             source = Path(temporary) / "model"
             _export(model, source)
-            quantize_onnx(source, folder, mode=mode, calibration=batches, embedding_bits=embedding_bits)
+            quantize_onnx(
+                source,
+                folder,
+                mode=mode,
+                calibration=batches,
+                embedding_bits=embedding_bits,
+                reference=reference,
+            )
 
     return _in_temporary_folder(write)
 

@@ -36,6 +36,7 @@ def quantize_onnx(
     mode: Literal["dynamic", "static"] = "dynamic",
     calibration: Sequence[Any] | None = None,
     embedding_bits: Literal[4, 8] = 8,
+    reference: Any = None,
 ) -> Path:
     """Write an int8 version of the exported model in `source` to `folder`, and return `folder`.
 
@@ -43,11 +44,13 @@ def quantize_onnx(
         calibration: `TaskBatch`es of training examples, which "static" needs. "dynamic" is compared with the
             source on them, too.
         embedding_bits: of the largest embedding table; the others have 8.
+        reference: a model that the outputs are compared with instead of the source's: what was trained under
+            the rounding that is put into effect here, and need not answer like its own float weights.
 
     Raises:
         UserError: `source` is not an exported ONNX model or is quantised already, `folder` is there already,
             "static" has no calibration examples, or no table can have 4 bits.
-        RunError: the outputs have nothing to do with the source's.
+        RunError: the outputs have nothing to do with the source's, or the reference's.
     """
     import onnx
     from transformers import AutoConfig
@@ -71,7 +74,8 @@ def quantize_onnx(
             _quantize(proto, partial / facts.file, mode, model, calibration or ())
         copy_tokenizer(source, partial)
         write_exported(partial, config, config.architectures[0], quantised)
-        result = verify(partial, model, load_tokenizer(source, masks=False), calibration or ())
+        tokenizer = load_tokenizer(source, masks=False)
+        result = verify(partial, model if reference is None else reference, tokenizer, calibration or ())
         write_exported(partial, config, config.architectures[0], result.record(quantised))
     return Path(folder).expanduser()
 
