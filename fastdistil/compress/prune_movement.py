@@ -35,7 +35,8 @@ class PruneMovementOptions(Section):
         default=None, ge=1, description="optimiser steps of the recovery, in which the scores are learned"
     )
     start: Literal["zero", "magnitude"] = Field(
-        default="magnitude", description="of the scores: each weight's magnitude, or the paper's zero"
+        default="magnitude",
+        description="of the scores: each weight's magnitude, or the paper's zero, which needs many epochs",
     )
     warmup: float = Field(
         default=0.1, ge=0, lt=1, description="share of the steps at the start without a mask"
