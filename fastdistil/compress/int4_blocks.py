@@ -7,6 +7,9 @@ further on the -8; |s| is the smallest that needs no clipping, so that an entry 
 (and by the scale's own rounding to half precision).
 """
 
+import math
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,10 +22,22 @@ BLOCK = 32
 _LOWEST, _HIGHEST = -8, 7
 
 
-def check_pairs(width: int) -> None:
-    """`UserError` if rows of this width cannot be packed, two entries a byte."""
+def choose_table(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The name of the largest of the tables, which is to have 4 bits.
+
+    Args:
+        shapes: name -> (V, D) of the embedding tables that are nothing else.
+
+    Raises:
+        UserError: there is none, or its rows cannot be packed, two entries a byte.
+    """
+    if not shapes:
+        raise UserError("embedding_bits: 4 is for an embedding table of its own, and the model has none")
+    name = max(shapes, key=lambda name: math.prod(shapes[name]))
+    width = shapes[name][1]
     if width % 2:
         raise UserError(f"embedding_bits: 4 packs entries in pairs, and the rows have {width}: take 8")
+    return name
 
 
 def quantize_blocks(

@@ -1,7 +1,7 @@
 """int8, bfloat16 and ONNX Runtime as steps of a chain."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from fastdistil.compress.encoded import densify
 from fastdistil.compress.fake_quant import add_fake_quantisation, remove_fake_quantisation
-from fastdistil.compress.int4_blocks import check_pairs
+from fastdistil.compress.int4_blocks import choose_table
 from fastdistil.compress.method import Calibration, Method
 from fastdistil.compress.outliers import separate_outliers
 from fastdistil.compress.quantize_choice import fastest
@@ -131,7 +131,9 @@ def apply_qat(model: Any, options: Int8QatOptions, calibration: Calibration | No
     # ONNX Runtime leaves none in float, however small.
     paths = layers_to_quantize(model, embeddings=True, fewest_rows=1)
     if options.embedding_bits == 4:
-        table = _four_bit_table(model, paths)
+        modules = {path: model.get_submodule(path) for path in paths}
+        tables = {path: m.weight.shape for path, m in modules.items() if isinstance(m, nn.Embedding)}
+        table = choose_table(tables)
         paths.remove(table)
         model = add_fake_quantisation(model, [table], "block")
     return add_fake_quantisation(model, paths, "tensor")
@@ -139,11 +141,10 @@ def apply_qat(model: Any, options: Int8QatOptions, calibration: Calibration | No
 
 def finish_qat(model: Any, options: Int8QatOptions) -> Any:
     """The int8 model of what `apply_qat` made, trained or not."""
-    learnt = copy.deepcopy(model).eval() if options.backend == "onnxruntime" else None
-    paths = remove_fake_quantisation(model)
     if options.backend == "torchao":
-        return quantize_layers(model, paths)
-    bits = options.embedding_bits
+        return quantize_layers(model, remove_fake_quantisation(model))
+    learnt, bits = copy.deepcopy(model).eval(), options.embedding_bits
+    remove_fake_quantisation(model)
     return int8_onnx_model(model.eval(), "dynamic", embedding_bits=bits, reference=learnt)
 
 
@@ -218,16 +219,6 @@ def layers_to_quantize(model: Any, *, embeddings: bool, fewest_rows: int = _FEWE
     if not paths:
         raise UserError(f"{type(model).__name__} has no layer that int8 would make smaller")
     return paths
-
-
-def _four_bit_table(model: Any, paths: Sequence[str]) -> str:
-    """The path of the largest embedding table among `paths`; `UserError` if it cannot have 4 bits."""
-    tables = [path for path in paths if isinstance(model.get_submodule(path), nn.Embedding)]
-    if not tables:
-        raise UserError("embedding_bits: 4 is for an embedding table of its own, and the model has none")
-    table = max(tables, key=lambda path: model.get_submodule(path).weight.numel())
-    check_pairs(model.get_submodule(table).embedding_dim)
-    return table
 
 
 def _float_model(model: Any, method: str) -> Any:

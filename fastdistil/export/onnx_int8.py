@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from fastdistil.compress.int4_blocks import BLOCK, check_pairs, quantize_blocks
+from fastdistil.compress.int4_blocks import BLOCK, choose_table, quantize_blocks
 from fastdistil.errors import UserError
 from fastdistil.export.folder import copy_tokenizer, new_folder, read_exported, write_exported
 from fastdistil.export.quiet import quiet
@@ -116,19 +116,16 @@ def _four_bit_table(proto: Any) -> None:
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    tables = [
-        table
+    tables = {
+        table.name: table
         for table in graph.initializer
         if table.data_type == TensorProto.FLOAT
         and len(table.dims) == 2
         and all(_is_lookup(node, table.name) for node in readers.get(table.name, [None]))
-    ]
-    if not tables:
-        raise UserError("embedding_bits: 4 is for an embedding table of its own, and the model has none")
-    table = max(tables, key=lambda table: table.dims[0] * table.dims[1])
-    check_pairs(table.dims[1])
+    }
+    name = choose_table({name: table.dims for name, table in tables.items()})
+    table = tables[name]
     packed, scales = pack_rows(numpy_helper.to_array(table))
-    name = table.name
     graph.initializer.remove(table)
     graph.initializer.append(numpy_helper.from_array(packed, f"{name}_int4"))
     graph.initializer.append(numpy_helper.from_array(scales, f"{name}_int4_scale"))
