@@ -1,8 +1,8 @@
 """A model as one ONNX file for ONNX Runtime.
 
 `transformers.exporters` traces it, with batch and length left open. Attention is one node of ONNX Runtime's
-(`attention.py`); the other fusions (layer normalisation with the sum before it, bias with GELU) ONNX Runtime
-makes itself, when it loads the file.
+(`attention.py`), and of the last layer only what the head reads is computed (`rewrite.py`). What else can be
+fused, such as bias and GELU, ONNX Runtime fuses itself, when it loads the file.
 """
 
 from collections.abc import Sequence
@@ -82,9 +82,11 @@ def _check_opset(opset: int | None) -> None:
 
 def _write(model: Any, file: Path, opset: int | None, optimize: bool) -> None:
     import onnx_ir
-    from onnx_ir.passes.common import DeduplicateInitializersPass
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, DeduplicateInitializersPass
     from transformers.exporters.configs import OnnxConfig
     from transformers.exporters.exporter_onnx import OnnxExporter
+
+    from fastdistil.export.rewrite import rewrite
 
     inputs: dict[str, Any] = {n: value.to(model.device) for n, value in example_inputs(model).items()}
     config = OnnxConfig(dynamic_shapes=open_axes(inputs, length=max_positions(model)), opset_version=opset)
@@ -95,6 +97,10 @@ def _write(model: Any, file: Path, opset: int | None, optimize: bool) -> None:
             program = OnnxExporter().export(model.eval(), inputs, config).program
             # Layers that share weights have transposed copies of them.
             DeduplicateInitializersPass(size_limit=_LARGEST)(program)
+            # Where in which of this machine's files each node comes from.
+            ClearMetadataAndDocStringPass()(program)
+            if optimize:
+                rewrite(program)
     except Exception as error:
         raise UserError(f"{type(model).__name__} cannot be exported to ONNX: {reason(error)}") from error
     finally:

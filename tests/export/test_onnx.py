@@ -137,10 +137,28 @@ def test_standard_operators_alone(bert: Any, tokenizer: Any, tmp_path: Path) -> 
     assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
 
 
-def test_attention_is_one_node_a_layer(onnx_folder: Path) -> None:
-    kinds = [node.op_type for node in onnx.load(onnx_folder / "model.onnx").graph.node]
-    assert kinds.count("MultiHeadAttention") == 2
-    assert "Softmax" not in kinds
+def test_attention_is_one_node_a_layer_with_padding_and_one_without(onnx_folder: Path) -> None:
+    nodes = onnx.load(onnx_folder / "model.onnx").graph.node
+    choices = [node for node in nodes if node.op_type == "If"]
+    inputs = [
+        [len(node.input) for node in branch.g.node if node.op_type == "MultiHeadAttention"]
+        for node in choices
+        for branch in sorted(node.attribute, key=lambda attribute: attribute.name)
+    ]
+    assert inputs == [[5], [3], [5], [3]]  # else, then
+    assert not {"Softmax", "MultiHeadAttention"} & {node.op_type for node in nodes}
+
+
+def test_padding_changes_nothing(onnx_folder: Path, inputs: Callable[..., Any]) -> None:
+    """Without it the attention has no mask."""
+    exported, alone = load(onnx_folder), inputs(1, 13)
+    assert alone["attention_mask"].all()
+    padded = {name: torch.nn.functional.pad(value, (0, 5)) for name, value in alone.items()}
+    torch.testing.assert_close(exported(**alone).logits, exported(**padded).logits, atol=ATOL, rtol=0)
+
+
+def test_nothing_tells_where_it_was_made(onnx_folder: Path) -> None:
+    assert str(Path(__file__).parents[2]).encode() not in (onnx_folder / "model.onnx").read_bytes()
 
 
 def test_axes_have_names(onnx_folder: Path) -> None:
