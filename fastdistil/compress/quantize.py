@@ -47,7 +47,7 @@ class Int8Options(Section):
     outliers: bool = Field(
         default=True,
         description="whether up to two inputs of a layer that dwarf all others, on calibration examples, are "
-        "multiplied in float",
+        "scaled down, or multiplied in float",
     )
     max_loss_increase: float = Field(
         default=0.05, ge=0, description="of the loss on the calibration examples, that auto accepts"

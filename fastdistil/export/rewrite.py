@@ -66,7 +66,8 @@ def _push_up(graph: ir.Graph, select: ir.Node) -> None:
             del nodes[node]
     if not nodes:
         return
-    index = _new_constant(graph, f"{select.outputs[0].name}_index", [_constant(select.inputs[1]).item()])
+    name = select.outputs[0].name
+    index = _new_constant(graph, f"{name}_index", [_constant(select.inputs[1]).item()])
     selected: dict[Any, Any] = {}
     for node in [node for node in graph if node in nodes]:
         for place in nodes[node]:
@@ -74,14 +75,14 @@ def _push_up(graph: ir.Graph, select: ir.Node) -> None:
             if value.producer() in nodes:
                 continue
             if value not in selected:
-                gather = ir.node("Gather", [value, index], {"axis": 1}, name=f"{value.name}_select")
+                gather = ir.node("Gather", [value, index], {"axis": 1}, name=f"{value.name}_for_{name}")
                 graph.insert_before(node, gather)
-                selected[value] = _typed(gather.outputs[0], f"{value.name}_selected", value.dtype)
+                selected[value] = _typed(gather.outputs[0], f"{value.name}_for_{name}", value.dtype)
                 selected[value].shape = _one_token(value)
             node.replace_input_with(place, selected[value])
         for output in node.outputs:
             output.shape = _one_token(output)
-    select.replace_input_with(1, _new_constant(graph, f"{select.outputs[0].name}_only", 0))
+    select.replace_input_with(1, _new_constant(graph, f"{name}_only", 0))
 
 
 def _above(select: ir.Node) -> _Nodes:
@@ -210,7 +211,8 @@ def _typed(value: ir.Value, name: str | None, dtype: Any) -> ir.Value:
 
 def _constant(value: ir.Value | None) -> Any:
     """Its numbers; None if they are not known before the model runs."""
-    return None if value is None or value.const_value is None else value.const_value.numpy()
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
 
 
 def _new_constant(graph: ir.Graph, name: str, content: Any) -> ir.Value:

@@ -89,7 +89,7 @@ FFN = """
 
 def test_a_feed_forward_network_of_which_one_token_is_read() -> None:
     tokens = _tokens(_rewritten(_model(FFN)))
-    assert tokens == {"x_selected": 1, "n": 1, "m": 1, "h": 1, "a": 1, "s": 1}
+    assert tokens == {"x_for_y": 1, "n": 1, "m": 1, "h": 1, "a": 1, "s": 1}
 
 
 @pytest.mark.parametrize("index", [-1, 3])
@@ -101,7 +101,7 @@ def test_another_token_than_the_first(index: int) -> None:
 
 def test_what_is_read_whole_elsewhere_stays_whole() -> None:
     model = _model(FFN, outputs="float[B, 8] y, float[B, L, 8] n")
-    assert _tokens(_rewritten(model)) == {"n": "L", "n_selected": 1, "m": 1, "h": 1, "a": 1, "s": 1}
+    assert _tokens(_rewritten(model)) == {"n": "L", "n_for_y": 1, "m": 1, "h": 1, "a": 1, "s": 1}
 
 
 def test_an_output_of_all_tokens_leaves_everything_as_it_was() -> None:
@@ -113,6 +113,19 @@ def test_two_that_read_the_same_token() -> None:
     body = FFN.replace("y = Gather", "p = Gather") + "q = Gather <axis = 1> (s, i)\n y = Add (p, q)"
     model = _model(body)
     assert _tokens(_rewritten(model))["n"] in ("L", 1)  # right either way
+
+
+def test_two_tokens_of_the_same_tensor() -> None:
+    body = """
+        last = Constant <value_int = -1> ()
+        r = Relu (x)
+        t = Tanh (x)
+        p = Gather <axis = 1> (r, i)
+        q = Gather <axis = 1> (t, last)
+        y = Add (p, q)
+    """
+    tokens = _tokens(_rewritten(_model(body)))
+    assert tokens == {"x_for_p": 1, "r": 1, "x_for_q": 1, "t": 1}
 
 
 def test_parts_of_the_channels() -> None:
@@ -140,7 +153,7 @@ def test_tokens_that_meet_are_not_taken_apart(mix: str) -> None:
     body = f"one = Constant <value_int = 1> () {mix} r = Relu (m) y = Gather <axis = 1> (r, i)"
     inputs = "float[B, 5, 8] x, float[5, 8] gl" if "gl" in mix else "float[B, L, 8] x"
     tokens = _tokens(_rewritten(_model(body, inputs=inputs)))
-    assert tokens.pop("m_selected") == tokens.pop("r") == 1
+    assert tokens.pop("m_for_y") == tokens.pop("r") == 1
     assert set(tokens.values()) <= {"L", 5, 8}
 
 
@@ -156,7 +169,7 @@ ATTENTION = """
 
 def test_of_the_last_attention_one_query_and_all_keys() -> None:
     tokens = _tokens(_rewritten(_model(ATTENTION.format(rest=""))))
-    assert tokens == {"x_selected": 1, "q": 1, "k": "L", "c": 1, "o": 1, "s": 1}
+    assert tokens == {"x_for_y": 1, "q": 1, "k": "L", "c": 1, "o": 1, "s": 1}
 
 
 def test_an_attention_with_a_bias_stays_whole() -> None:
@@ -166,8 +179,8 @@ def test_an_attention_with_a_bias_stays_whole() -> None:
         "q": "L",
         "k": "L",
         "c": "L",
-        "c_selected": 1,
-        "x_selected": 1,
+        "c_for_y": 1,
+        "x_for_y": 1,
         "o": 1,
         "s": 1,
     }
