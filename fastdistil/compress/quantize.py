@@ -140,7 +140,11 @@ def apply_qat(model: Any, options: Int8QatOptions, calibration: Calibration | No
 
 
 def finish_qat(model: Any, options: Int8QatOptions) -> Any:
-    """The int8 model of what `apply_qat` made, trained or not."""
+    """The int8 model of what `apply_qat` made, trained or not.
+
+    It rounds as in training, but that an ONNX model computes of the last layer only the tokens that its head
+    reads, and takes the scales there from these alone: they are as fine, or finer.
+    """
     if options.backend == "torchao":
         return quantize_layers(model, remove_fake_quantisation(model))
     learnt, bits = copy.deepcopy(model).eval(), options.embedding_bits

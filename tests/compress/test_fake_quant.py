@@ -132,10 +132,13 @@ def test_the_int8_model_computes_what_was_learnt(
     save: Callable[..., Path],
     run: Run,
     calibration: Calibration,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if backend == "onnxruntime":
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
+        # Else the last layer's scales are those of the tokens that are read, and finer than what was learnt.
+        monkeypatch.setattr("fastdistil.export.rewrite.select_early", lambda graph: None)
     options, model = Int8QatOptions(backend=backend, embedding_bits=bits), load(save(build(family)))
     untrained = run(model)
     model = apply_qat(model, options, calibration)
