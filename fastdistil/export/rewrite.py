@@ -77,8 +77,7 @@ def _push_up(graph: ir.Graph, select: ir.Node) -> None:
             if value not in selected:
                 gather = ir.node("Gather", [value, index], {"axis": 1}, name=f"{value.name}_for_{name}")
                 graph.insert_before(node, gather)
-                selected[value] = _typed(gather.outputs[0], f"{value.name}_for_{name}", value.dtype)
-                selected[value].shape = _one_token(value)
+                selected[value] = _describe(gather.outputs[0], gather.name, value.dtype, _one_token(value))
             node.replace_input_with(place, selected[value])
         for output in node.outputs:
             output.shape = _one_token(output)
@@ -158,7 +157,7 @@ def skip_full_masks(graph: ir.Graph) -> None:
         branches = {"then_branch": _branch(node, "whole", None), "else_branch": _branch(node, "padded", mask)}
         choice = ir.node("If", [full[mask]], branches, name=f"{node.outputs[0].name}_if")
         old, new = node.outputs[0], choice.outputs[0]
-        _typed(new, old.name, old.dtype).shape = old.shape
+        _describe(new, old.name, old.dtype, old.shape)
         graph.insert_before(node, choice)
         ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.remove(node, safe=True)
@@ -169,10 +168,8 @@ def _is_full(graph: ir.Graph, before: ir.Node, mask: ir.Value) -> ir.Value:
     least = ir.node("ReduceMin", [mask], {"keepdims": 0}, name=f"{mask.name}_least")
     full = ir.node("Cast", [least.outputs[0]], {"to": ir.DataType.BOOL.value}, name=f"{mask.name}_is_full")
     graph.insert_before(before, [least, full])
-    _typed(least.outputs[0], f"{mask.name}_least", mask.dtype).shape = ir.Shape([])
-    result = _typed(full.outputs[0], f"{mask.name}_is_full", ir.DataType.BOOL)
-    result.shape = ir.Shape([])
-    return result
+    _describe(least.outputs[0], least.name, mask.dtype, ir.Shape([]))
+    return _describe(full.outputs[0], full.name, ir.DataType.BOOL, ir.Shape([]))
 
 
 def _branch(attention: ir.Node, how: str, mask: ir.Value | None) -> ir.Graph:
@@ -183,8 +180,7 @@ def _branch(attention: ir.Node, how: str, mask: ir.Value | None) -> ir.Graph:
     output = attention.outputs[0]
     name = f"{output.name}_{how}"
     copy = ir.node(_ATTENTION, inputs, dict(attention.attributes), domain=attention.domain, name=name)
-    result = _typed(copy.outputs[0], name, output.dtype)
-    result.shape = output.shape
+    result = _describe(copy.outputs[0], name, output.dtype, output.shape)
     return ir.Graph([], [result], nodes=[copy], name=name)
 
 
@@ -204,8 +200,8 @@ def _one_token(value: Any) -> ir.Shape:
     return ir.Shape([batch, 1, width])
 
 
-def _typed(value: ir.Value, name: str | None, dtype: Any) -> ir.Value:
-    value.name, value.dtype = name, dtype
+def _describe(value: ir.Value, name: str | None, dtype: Any, shape: ir.Shape | None) -> ir.Value:
+    value.name, value.dtype, value.shape = name, dtype, shape
     return value
 
 
