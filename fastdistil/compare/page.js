@@ -116,7 +116,7 @@
     const ys = rows.map((row) => row.values[y.key]), good = ys.filter((value) => value >= least);
     const top = Math.max(...ys), bottom = good.length ? Math.min(...good) : top;
     const room = Math.max(0.5, 0.08 * (top - bottom)), below = ys.some((value) => value < least);
-    const floor = below ? bottom - 1.4 * room : bottom, from = bottom - (below ? 2.2 : 1) * room, to = top + 1.2 * room;
+    const from = bottom - (below ? 2.2 : 1) * room, floor = below ? bottom - 1.4 * room : from, to = top + 1.2 * room;
     const py = (value) => box.bottom - ((Math.max(value, floor) - from) / (to - from)) * (box.bottom - box.top);
 
     for (const value of ticks(below ? bottom - 0.7 * room : from, to, false, 6)) {

@@ -49,7 +49,7 @@ _SIZES = {
 _TEACHER = (
     "optimizer.lr=1e-3",
     "run.batch_size=64",
-    "run.epochs=3",
+    "run.epochs=2",
     "run.log_every=100",
     f"task.max_length={_POSITIONS}",
 )

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,23 @@ def test_better_scores_stand_higher(shared: Visit, comparison: Comparison, key: 
     at = shared.ys()
     by_place = sorted(at, key=lambda method: at[method])
     assert [known[method] for method in by_place] == pytest.approx(sorted(known.values(), reverse=True))
+
+
+@pytest.mark.parametrize("lowest", ["int8-static", "bilstm"], ids=["a broken model", "none is broken"])
+def test_the_scale_of_the_scores_is_even(
+    browser: Any, comparison: Comparison, tmp_path: Path, lowest: str
+) -> None:
+    rows = [row for row in comparison.rows if row.method in (lowest, "teacher", "int8", "pkd")]
+    visit = Visit(browser, write_page(tmp_path, replace(comparison, rows=rows)))
+    script = """() => [...document.querySelectorAll("#plot line.grid")].map((line) =>
+        [Number(line.nextElementSibling.textContent), Number(line.getAttribute("y1"))])"""
+    marks = visit.page.evaluate(script)
+    assert len(marks) > 3
+    steps = [(after[0] - before[0], before[1] - after[1]) for before, after in pairwise(marks)]
+    assert [pixels for _, pixels in steps] == pytest.approx([steps[0][1]] * len(steps))
+    assert [score for score, _ in steps] == pytest.approx([steps[0][0]] * len(steps))
+    assert steps[0][1] > 20
+    visit.context.close()
 
 
 def test_log_and_linear_differ_as_they_should(visit: Visit) -> None:
