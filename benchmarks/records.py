@@ -74,15 +74,18 @@ def summary(seconds: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
+def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """As `fastdistil compare` names it, and in the same brackets its vector instructions, oldest first."""
+    from fastdistil.compare.machine import processor_name
+
+    name, _, generation = processor_name(cpuinfo).rstrip(")").partition(" (")
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = cpuinfo.read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = facts.get("flags", "").split()
+        lines = []
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
-    return f"{facts.get('model name', platform.machine())} ({', '.join(known)})"
+    return f"{name} ({', '.join(filter(None, [generation, *known]))})"
 
 
 def implementation(device: torch.device, op: str) -> str:
@@ -132,9 +135,10 @@ def environment(device: torch.device, op: str, load: float) -> dict[str, Any]:
 
 def folder_name(record: Record) -> str:
     """results/<this>: a device's name, on a CPU with its newest vector instructions and the thread count."""
-    name, _, instructions = record.environment["device"].rstrip(")").partition("(")
+    name = record.environment["device"]
     if record.environment["kind"] == "cpu":
-        name += f" {instructions.rpartition(', ')[2]} {record.environment['threads']} threads"
+        name, _, known = name.rstrip(")").rpartition(" (")
+        name += f" {known.rpartition(', ')[2]} {record.environment['threads']} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
