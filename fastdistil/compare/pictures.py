@@ -119,6 +119,7 @@ def _scatter(figure: "Figure", axes: "Axes", comparison: Comparison, cost: Quant
         corners += [(x, corners[-1][1]), (x, y)] if corners else [(x, y)]
     corners.append((right, corners[-1][1]))
     axes.plot(*zip(*corners, strict=True), color=INK, linewidth=1.1, zorder=2, label="Pareto front")
+    bars = []
     for kind in KINDS:
         own = [point for point in known if point[0].kind == kind]
         if own:
@@ -127,6 +128,7 @@ def _scatter(figure: "Figure", axes: "Axes", comparison: Comparison, cost: Quant
                 spread = deviation(row)
                 if spread is not None and y >= floor:
                     axes.errorbar(x, y, spread, color=GREY, linewidth=0.9, capsize=2, zorder=2)
+                    bars.append(((x, y - spread), (x, y + spread)))
     _legend(axes)
 
     # The front is labelled first, the teacher among it or next; what finds no room stays without a label.
@@ -135,7 +137,7 @@ def _scatter(figure: "Figure", axes: "Axes", comparison: Comparison, cost: Quant
         Label(f"{row.method}  {y:.1f} ↓" if y < floor else row.method, (x, max(y, floor)), row in best)
         for row, x, y in order
     ]
-    segments = [*itertools.pairwise(corners), *(((left, y), (right, y)) for y in lines)]
+    segments = [*itertools.pairwise(corners), *bars, *(((left, y), (right, y)) for y in lines)]
     place_labels(figure, axes, labels, segments)
 
 
@@ -319,7 +321,14 @@ def place_labels(
 
 
 def _write(axes: "Axes", label: Label, dx: float, dy: float) -> "Annotation":
-    leader = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3}
+    leader = {
+        "arrowstyle": "-",
+        "color": GREY,
+        "linewidth": 0.5,
+        "shrinkA": 0,
+        "shrinkB": 3,
+        "relpos": (0 if dx > 0 else 1 if dx < 0 else 0.5, 0 if dy > 0 else 1 if dy < 0 else 0.5),  # nearest
+    }
     return axes.annotate(
         _short(label.text, 48),
         label.point,

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -110,6 +111,37 @@ def test_labels_cover_neither_each_other_nor_leave_the_axes(comparison: Comparis
         inside.x0 <= b.x0 and b.x1 <= inside.x1 and inside.y0 <= b.y0 and b.y1 <= inside.y1
         for b in labels.values()
     )
+
+
+@pytest.mark.parametrize("cost", [LATENCY, SIZE], ids=["latency", "size"])
+def test_weak_labels_cover_no_bar_of_a_deviation(comparison: Comparison, cost) -> None:
+    axes = scatter(comparison, cost)
+    strong = {row.method for row in front(comparison, cost)}
+    weak = [box for text, box in boxes(axes).items() if text not in strong and "of it" not in text]
+    bars = [
+        path.get_extents(axes.transData)
+        for bar in axes.collections
+        for path in bar.get_paths()[:1]
+        if isinstance(bar, LineCollection)
+    ]
+    assert len(bars) > 10
+    assert len(weak) > 3
+    assert not any(bar.overlaps(box) for bar in bars for box in weak)
+
+
+def test_a_leader_is_no_longer_than_the_way_to_its_label() -> None:
+    figure = Figure(figsize=(6, 3), dpi=100)
+    axes = figure.subplots()
+    rows = [Label(f"a label of some length {i}", (0.5, 0.5), strong=True) for i in range(12)]
+    texts = place_labels(figure, axes, rows)
+    figure.canvas.draw()
+    led = [text for text in texts if text.arrow_patch is not None]
+    assert led
+    point = axes.transData.transform((0.5, 0.5))
+    for text in led:
+        start = text.arrow_patch.get_path().vertices[0]
+        way = np.hypot(*np.array(text.get_position())) * figure.dpi / 72
+        assert np.hypot(*(start - point)) < way + 2
 
 
 def test_a_weak_label_without_room_is_left_out_and_a_strong_one_is_not() -> None:
