@@ -1,4 +1,10 @@
-"""The matrices of an encoder's layers that structured pruning cuts, wherever a family keeps them."""
+"""The matrices of an encoder's layers that structured pruning cuts, wherever a family keeps them.
+
+By name, not by the dependency graph of torch-pruning: tracing finds the matrices of the same heads and
+neurons, but weighing these, and writing their numbers into the config, takes the names all the same; and
+version 1.6.1 cuts the heads of ModernBERT, whose query, key and value are one matrix, so that the model no
+longer runs.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
