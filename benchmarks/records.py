@@ -76,14 +76,10 @@ def summary(seconds: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """As `fastdistil compare` names it, and in the same brackets its vector instructions, oldest first."""
-    from fastdistil.compare.machine import processor_name
+    from fastdistil.compare.machine import cpu_fields, processor_name
 
     name, _, generation = processor_name(cpuinfo).rstrip(")").partition(" (")
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        lines = []
-    flags = {flag for line in lines if line.startswith("flags") for flag in line.partition(":")[2].split()}
+    flags = cpu_fields(cpuinfo).get("flags", "").split()
     known = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
     return f"{name} ({', '.join(filter(None, [generation, *known]))})"
 

@@ -41,18 +41,26 @@ def describe_machine() -> dict[str, str]:
 def processor_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """Its name, and on x86 family and model, which tell its generation: a virtual machine calls all of them,
     of which one may be twice as fast as another, by the same name."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
+    fields = cpu_fields(cpuinfo)
+    if not fields:
         return platform.processor() or platform.machine()
-    fields: dict[str, str] = {}
-    for line in lines:
-        label, _, value = line.partition(":")
-        fields.setdefault(label.strip(), value.strip())
     name = fields.get("model name") or platform.machine()
     if {"cpu family", "model"} <= fields.keys():
         name += f" (family {fields['cpu family']}, model {fields['model']})"
     return name
+
+
+def cpu_fields(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, str]:
+    """What Linux says of the first processor; empty where the system has no such file."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return {}
+    fields: dict[str, str] = {}
+    for line in lines:
+        label, _, value = line.partition(":")
+        fields.setdefault(label.strip(), value.strip())
+    return fields
 
 
 def usable_cpus() -> int:

@@ -320,22 +320,28 @@ def place_labels(
     return placed
 
 
+# Where a leader leaves its label, as a part of its width or height: at the side that is next to the point.
+_PART = {"left": 0, "bottom": 0, "center": 0.5, "right": 1, "top": 1}
+
+
 def _write(axes: "Axes", label: Label, dx: float, dy: float) -> "Annotation":
+    ha = "left" if dx > 0 else "right" if dx < 0 else "center"
+    va = "bottom" if dy > 0 else "top" if dy < 0 else "center"
     leader = {
         "arrowstyle": "-",
         "color": GREY,
         "linewidth": 0.5,
         "shrinkA": 0,
         "shrinkB": 3,
-        "relpos": (0 if dx > 0 else 1 if dx < 0 else 0.5, 0 if dy > 0 else 1 if dy < 0 else 0.5),  # nearest
+        "relpos": (_PART[ha], _PART[va]),
     }
     return axes.annotate(
         _short(label.text, 48),
         label.point,
         xytext=(dx, dy),
         textcoords="offset points",
-        ha="left" if dx > 0 else "right" if dx < 0 else "center",
-        va="bottom" if dy > 0 else "top" if dy < 0 else "center",
+        ha=ha,
+        va=va,
         fontsize=8.5 if label.strong else 7.5,
         color=INK if label.strong else GREY,
         zorder=4,
